@@ -1,0 +1,1 @@
+"""Text to token batches, on the host: formats, chat templates, packing, loading."""

@@ -1,0 +1,1 @@
+"""Prompts in, completions out: prefill and decode loops, batching, chat sessions."""

@@ -1,0 +1,186 @@
+"""Compiled prefill and decoding of a batch of token rows. Letters as in `utils.ops`; M counts new tokens.
+
+`prefill` puts prompts into a cache, `begin` draws each row's first token, `decode` draws the rest in one
+`lax.while_loop`, all at once or in pieces for streaming. A row's draws depend on its own key and on how many tokens it
+has drawn, not on the rows beside it. Nothing here knows text.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.llama import LLaMa
+from sampling import SamplingRules
+from utils import kvcache
+from utils.kvcache import KVCache
+
+Array = jax.Array
+
+PREFILL_CHUNK = 512  # Longest piece of a prompt that is run at once: bounds the scores at [B, N, 512, S].
+_SMALLEST_BUCKET = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DecodeState:
+    """Rows in the middle of being continued.
+
+    `last_B` has been drawn but is not in the cache yet. Row b has drawn the first `count_B`[b] of `tokens_BM`, at most
+    `limit_B`[b]; `drawn_logprobs_BM` and `plain_logprobs_BM` (see `SamplingRules.log_probs`) and the two things that rules
+    may look at, `seen_BV` and `newline_run_B`, are None where nobody asked for them.
+    """
+
+    cache: KVCache
+    last_B: Array
+    count_B: Array
+    limit_B: Array
+    done_B: Array
+    keys_B: Array
+    tokens_BM: Array
+    drawn_logprobs_BM: Array | None
+    plain_logprobs_BM: Array | None
+    seen_BV: Array | None
+    newline_run_B: Array | None
+
+
+def bucket(length: int) -> int:
+    """The padded size that a piece of `length` tokens is run at: the next power of two from 16 on."""
+    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def new_cache(model: LLaMa, batch_size: int, capacity: int, *, dtype: jnp.dtype | None = None) -> KVCache:
+    """An empty cache for the model, by default in the dtype of its parameters."""
+    c = model.config
+    dtype = model.norm_D.dtype if dtype is None else dtype
+    return kvcache.create(c.num_layers, batch_size, c.num_kv_heads, capacity, c.head_dim, dtype=dtype)
+
+
+def prefill(
+    model: LLaMa, cache: KVCache, prompts: list[list[int]], *, from_empty: bool, chunk: int = PREFILL_CHUNK
+) -> tuple[Array, KVCache]:
+    """Put one prompt behind each row of the cache, in pieces of at most `chunk` tokens padded to a few sizes.
+
+    Prompts may differ in length, none may be empty. Returns the hidden state of each row's last token, [B, D], and the
+    cache; the cache given is donated. `from_empty` says that all its rows are empty.
+    Raises ValueError where the rows do not fit.
+    """
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    if lengths_B.min() < 1:
+        raise ValueError("an empty prompt has no last token to continue from")
+    filled_B = np.zeros_like(lengths_B) if from_empty else np.asarray(cache.length_B)
+    if (filled_B + lengths_B).max() > cache.capacity:
+        raise ValueError(f"{(filled_B + lengths_B).max()} tokens do not fit a cache of {cache.capacity}")
+    last_BD = jnp.zeros((len(prompts), model.config.hidden_size), model.norm_D.dtype)
+    longest = int(lengths_B.max())
+    for start in range(0, longest, chunk):
+        size = min(chunk, bucket(min(chunk, longest - start)))
+        tokens_BT = np.zeros((len(prompts), size), np.int32)
+        for row, prompt in enumerate(prompts):
+            piece = prompt[start : start + size]
+            tokens_BT[row, : len(piece)] = piece
+        counts_B = np.clip(lengths_B - start, 0, size)
+        last_BD, cache = _prefill_piece(
+            model, cache, last_BD, tokens_BT, counts_B, from_empty=from_empty and start == 0
+        )
+    return last_BD, cache
+
+
+@partial(jax.jit, static_argnames="from_empty", donate_argnames="cache")
+def _prefill_piece(
+    model: LLaMa, cache: KVCache, last_BD: Array, tokens_BT: Array, counts_B: Array, *, from_empty: bool
+) -> tuple[Array, KVCache]:
+    x_BTD, cache = model.hidden(tokens_BT, lengths_B=counts_B, cache=cache, from_empty=from_empty)
+    at_B11 = jnp.maximum(counts_B - 1, 0)[:, None, None]
+    here_BD = jnp.take_along_axis(x_BTD, at_B11, axis=1)[:, 0]
+    return jnp.where(counts_B[:, None] > 0, here_BD, last_BD), cache
+
+
+@partial(jax.jit, static_argnames=("max_new_tokens", "logprobs"), donate_argnames="cache")
+def begin(
+    model: LLaMa,
+    cache: KVCache,
+    last_BD: Array,
+    rules: SamplingRules,
+    stop_E: Array,
+    *,
+    keys_B: Array,
+    limit_B: Array,
+    seen_BV: Array | None = None,
+    newline_run_B: Array | None = None,
+    max_new_tokens: int,
+    logprobs: bool = False,
+) -> DecodeState:
+    """The state of prefilled rows with their first token drawn.
+
+    `keys_B` are PRNG keys, `limit_B` the most tokens each row may draw (0: none, the row is only there to fill the batch),
+    `stop_E` the ids that end a row, which are drawn and counted themselves. `max_new_tokens` sizes the buffers.
+    """
+    B = last_BD.shape[0]
+    numbers_BM = jnp.zeros((B, max_new_tokens), jnp.float32) if logprobs else None
+    state = DecodeState(
+        cache=cache,
+        last_B=jnp.zeros(B, jnp.int32),
+        count_B=jnp.zeros(B, jnp.int32),
+        limit_B=limit_B,
+        done_B=limit_B < 1,
+        keys_B=keys_B,
+        tokens_BM=jnp.zeros((B, max_new_tokens), jnp.int32),
+        drawn_logprobs_BM=numbers_BM,
+        plain_logprobs_BM=numbers_BM,
+        seen_BV=seen_BV,
+        newline_run_B=newline_run_B,
+    )
+    return _draw(state, model.unembed(last_BD[:, None])[:, 0], rules, stop_E)
+
+
+@partial(jax.jit, donate_argnames="state")
+def decode(model: LLaMa, state: DecodeState, rules: SamplingRules, stop_E: Array, steps: Array | int) -> DecodeState:
+    """Draw up to `steps` more tokens for each row; ends early once all rows are done. The state given is donated."""
+
+    def unfinished(carry: tuple[Array, DecodeState]) -> Array:
+        step, state = carry
+        return (step < steps) & ~jnp.all(state.done_B)
+
+    def advance(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        step, state = carry
+        running_B = (~state.done_B).astype(jnp.int32)
+        x_BTD, cache = model.hidden(state.last_B[:, None], lengths_B=running_B, cache=state.cache)
+        return step + 1, _draw(replace(state, cache=cache), model.unembed(x_BTD)[:, 0], rules, stop_E)
+
+    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]
+
+
+def _draw(state: DecodeState, logits_BV: Array, rules: SamplingRules, stop_E: Array) -> DecodeState:
+    """Draw one token for each row that is not done, and write it down."""
+    keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.count_B)
+    filtered_BV = rules.filter(logits_BV, seen_BV=state.seen_BV, newline_run_B=state.newline_run_B)
+    tokens_B = rules.draw(filtered_BV, keys_B)
+
+    rows_B = jnp.arange(tokens_B.shape[0])
+    slots_B = jnp.where(state.done_B, state.tokens_BM.shape[1], state.count_B)  # out of range: dropped
+
+    def note(buffer_BM: Array, value_B: Array) -> Array:
+        return buffer_BM.at[rows_B, slots_B].set(value_B, mode="drop")
+
+    changes = {}
+    if state.drawn_logprobs_BM is not None:
+        drawn_B, plain_B = rules.log_probs(logits_BV, filtered_BV, tokens_B)
+        changes["drawn_logprobs_BM"] = note(state.drawn_logprobs_BM, drawn_B)
+        changes["plain_logprobs_BM"] = note(state.plain_logprobs_BM, plain_B)
+    if state.seen_BV is not None:
+        changes["seen_BV"] = state.seen_BV.at[rows_B, tokens_B].set(True)
+    if state.newline_run_B is not None:
+        changes["newline_run_B"] = rules.newlines.run_after(state.newline_run_B, tokens_B)
+    count_B = state.count_B + ~state.done_B
+    stopped_B = jnp.any(tokens_B[:, None] == stop_E, axis=-1)
+    return replace(
+        state,
+        last_B=tokens_B,
+        count_B=count_B,
+        done_B=state.done_B | stopped_B | (count_B >= state.limit_B),
+        tokens_BM=note(state.tokens_BM, tokens_B),
+        **changes,
+    )

@@ -1,0 +1,128 @@
+"""Completions as text: stop strings, incremental decoding, newline tables."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from inference import completion
+from inference.completion import Completion, Request
+from models.llama import LLaMa
+from models.llama.tokenizer import Tokenizer
+from sampling import NewlineTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCompletion:
+    """A completion with its text, which holds neither special tokens nor the stop string that ended it."""
+
+    text: str
+    completion: Completion
+
+
+class StopStrings:
+    """Watches text that arrives in pieces for the first of some strings, and never lets a part of one through.
+
+    `push` returns the text that is safe to show, `flush` the rest that no stop string came of. Once `found`, nothing more
+    is returned.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        if not all(stops):
+            raise ValueError("a stop string must not be empty")
+        self.stops = tuple(stops)
+        self.found = False
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        if self.found:
+            return ""
+        text = self._held + piece
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.found, self._held = True, ""
+            return text[: min(ends)]
+        held = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        rest, self._held = self._held, ""
+        return rest
+
+
+def complete(
+    model: LLaMa,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    request: Request,
+    *,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+) -> Iterator[list[TextCompletion]]:
+    """`completion.generate` with text; a completion ends in front of the first of the stop strings too.
+
+    Its token ids then end with the token that completed the stop string.
+    """
+    StopStrings(stop)
+    ends = _stop_finder(tokenizer, stop) if stop else None
+    results = completion.generate(model, prompts, request, batch_size=batch_size, ends=ends)
+
+    def texts() -> Iterator[list[TextCompletion]]:
+        for prompt, samples in zip(prompts, results):
+            yield [TextCompletion(text=text_of(tokenizer, prompt, c, stop), completion=c) for c in samples]
+
+    return texts()
+
+
+def stream(
+    model: LLaMa, tokenizer: Tokenizer, prompt: Sequence[int], request: Request, *, stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """The text of one completion in pieces as it is drawn; returns the `TextCompletion` (of `yield from`)."""
+    watch, decoder = StopStrings(stop), tokenizer.decoder(skip_special=True, continuation=_has_text(tokenizer, prompt))
+    ids: list[int] = []
+    shown: list[str] = []
+    for token in itertools.chain.from_iterable(completion.stream(model, prompt, request)):
+        ids.append(token)
+        shown.append(watch.push("" if token in request.stop_ids else decoder.push(token)))
+        if shown[-1]:
+            yield shown[-1]
+        if watch.found:
+            break
+    shown.append(watch.push(decoder.flush()) + watch.flush())
+    if shown[-1]:
+        yield shown[-1]
+    stopped = watch.found or ids[-1] in request.stop_ids
+    done = Completion(token_ids=ids, finish_reason="stop" if stopped else "length")
+    return TextCompletion(text="".join(shown), completion=done)
+
+
+def text_of(tokenizer: Tokenizer, prompt: Sequence[int], done: Completion, stop: Sequence[str] = ()) -> str:
+    """The text of a completion behind its prompt."""
+    watch = StopStrings(stop)
+    text = watch.push(tokenizer.decode(done.token_ids, skip_special=True, continuation=_has_text(tokenizer, prompt)))
+    return text if watch.found else text + watch.flush()
+
+
+def newline_table(tokenizer: Tokenizer, vocab_size: int) -> NewlineTable:
+    """What each id of a vocabulary of that size holds of newlines; ids that the tokenizer lacks hold none."""
+    known = [tokenizer.token_bytes(token) for token in range(min(tokenizer.vocab_size, vocab_size))]
+    return NewlineTable.of(known + [b""] * (vocab_size - len(known)))
+
+
+def _stop_finder(tokenizer: Tokenizer, stop: Sequence[str]) -> Callable[[list[int]], int | None]:
+    """Tells after how many tokens the text of a completion holds a stop string, or None."""
+
+    def tokens_to_keep(ids: list[int]) -> int | None:
+        watch, decoder = StopStrings(stop), tokenizer.decoder(skip_special=True, continuation=True)
+        for count, token in enumerate(ids, 1):
+            watch.push(decoder.push(token))
+            if watch.found:
+                return count
+        return None
+
+    return tokens_to_keep
+
+
+def _has_text(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    """Whether anything but special tokens stands in the prompt, so that a completion continues a text."""
+    return not set(prompt) <= set(tokenizer.special_tokens.values())

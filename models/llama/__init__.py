@@ -1,0 +1,19 @@
+"""LLaMA-family decoders: config, network, checkpoints, tokenizers."""
+
+from models.llama.checkpoint import load_config
+from models.llama.config import LlamaConfig
+from models.llama.load import check_vocabulary, load_pretrained
+from models.llama.model import LLaMa, TransformerBlock
+from models.llama.save import save_pretrained
+from models.llama.tokenizer import load_tokenizer
+
+__all__ = [
+    "LLaMa",
+    "LlamaConfig",
+    "TransformerBlock",
+    "check_vocabulary",
+    "load_config",
+    "load_pretrained",
+    "load_tokenizer",
+    "save_pretrained",
+]

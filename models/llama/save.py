@@ -1,0 +1,166 @@
+"""Writing checkpoints that Hugging Face's `transformers` reads."""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.llama.config import config_to_hf
+from models.llama.files import read_json, write_safetensors
+from models.llama.model import LLaMa
+from models.llama.names import HUGGING_FACE, Layout, is_stacked, layout, parameter_name, tensors_of
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_INDEX = "model.safetensors.index.json"
+_OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the numbers of a tensor to be written come from; `layer` None is a parameter outside the blocks."""
+
+    array: jax.Array
+    layer: int | None
+    layout: Layout
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.layout.stored_shape) * self.dtype.itemsize
+
+    def value(self) -> np.ndarray:
+        own = self.array if self.layer is None else self.array[self.layer]
+        return self.layout.to_stored(np.asarray(own)).astype(self.dtype, copy=False)
+
+
+def save_pretrained(
+    model: LLaMa,
+    path: str | Path,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    tokenizer_from: str | Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a folder that `transformers` and `load_pretrained` read: safetensors, `config.json`, tokenizer files.
+
+    `dtype` None keeps that of the parameters. `tokenizer_from` is a folder whose tokenizer files are copied and whose
+    configs give the ids of the special tokens, which are null otherwise. A file holds at most `max_shard_bytes` of
+    tensors, or a single larger one.
+
+    Everything is first written beside its final name and `config.json` comes last, so a save that is interrupted
+    leaves no folder that looks whole. An earlier save in the folder is replaced. Needs host memory for one tensor.
+
+    Raises ValueError for a network that no Hugging Face architecture describes, NotADirectoryError where a path is a
+    file, FileNotFoundError where `tokenizer_from` is not there.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; a checkpoint is a folder")
+    copied = _tokenizer_files(tokenizer_from, path)
+    sources = _sources(model, None if dtype is None else jnp.dtype(dtype))
+    config = config_to_hf(model.config) | _token_ids(tokenizer_from)
+    config["torch_dtype"] = jnp.result_type(*(source.dtype for source in sources.values())).name
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
+
+    path.mkdir(parents=True, exist_ok=True)
+    for stale in path.glob(f"*{_PARTIAL}"):
+        stale.unlink()
+    names = _write_weights(path, sources, max_shard_bytes)
+    for file in copied:
+        shutil.copyfile(file, path / (file.name + _PARTIAL))
+        names.append(file.name)
+    _write_json(path / f"config.json{_PARTIAL}", config)
+
+    (path / "config.json").unlink(missing_ok=True)
+    for old in path.iterdir():
+        if _OUR_WEIGHTS.fullmatch(old.name):
+            old.unlink()
+    for name in (*names, "config.json"):
+        os.replace(path / (name + _PARTIAL), path / name)
+
+
+def _sources(model: LLaMa, dtype: np.dtype | None) -> dict[str, _Source]:
+    """All tensors by name, in the order of the layers."""
+    sources = {}
+    for key, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = parameter_name(key)
+        stored = HUGGING_FACE[name]
+        own_layout = layout(name, stored, model.config)
+        for layer, tensor in enumerate(tensors_of(name, stored, model.config)):
+            sources[tensor] = _Source(leaf, layer if is_stacked(name) else None, own_layout, dtype or leaf.dtype)
+    layers = model.config.num_layers
+    return dict(sorted(sources.items(), key=lambda item: layers if item[1].layer is None else item[1].layer))
+
+
+def _write_weights(path: Path, sources: Mapping[str, _Source], max_shard_bytes: int) -> list[str]:
+    """Write the weights under partial names; returns the final names."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for tensor, source in sources.items():
+        if shards[-1] and filled + source.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += source.num_bytes
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards):
+        entries = {tensor: (sources[tensor].dtype, sources[tensor].layout.stored_shape) for tensor in shard}
+        write_safetensors(
+            path / (name + _PARTIAL), entries, lambda tensor: sources[tensor].value(), metadata={"format": "pt"}
+        )
+    if count > 1:
+        total = sum(source.num_bytes for source in sources.values())
+        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        _write_json(path / (_INDEX + _PARTIAL), {"metadata": {"total_size": total}, "weight_map": weight_map})
+        names.append(_INDEX)
+    return names
+
+
+def _tokenizer_files(folder: str | Path | None, target: Path) -> list[Path]:
+    """The tokenizer files to be copied: none where they are in the target already."""
+    if folder is None:
+        return []
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder to take a tokenizer from")
+    if target.is_dir() and Path(folder).samefile(target):
+        return []
+    return [Path(folder) / name for name in _TOKENIZER_FILES if (Path(folder) / name).is_file()]
+
+
+def _token_ids(folder: str | Path | None) -> dict[str, Any]:
+    ids: dict[str, Any] = dict.fromkeys(_TOKEN_IDS)
+    if folder is not None:
+        for name in ("config.json", "generation_config.json"):
+            if (Path(folder) / name).is_file():
+                found = read_json(Path(folder) / name)
+                ids |= {key: found[key] for key in _TOKEN_IDS if found.get(key) is not None}
+    return ids
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

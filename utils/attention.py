@@ -1,0 +1,199 @@
+"""Attention with a described mask, lowered by XLA anywhere, by cuDNN on NVIDIA, by Pallas splash attention on TPU.
+
+A mask is a small description (`Mask`). Each implementation lowers all of it, or refuses; none ignores a part.
+Letters as in `utils.ops`.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+
+from utils.ops import attend
+
+Array = jax.Array
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+_LANES = 128  # Splash attention works on blocks of this many positions and heads of multiples of this size.
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Which keys a query may read: those that all given parts allow.
+
+    Query t of row b stands at place `offset_B`[b] + t on the axis of the keys (None: at t).
+    causal: no key behind the query. window: the query's own place and the window - 1 before it (implies causal;
+    an int, or a traced scalar which XLA alone takes). segments: keys of the query's own segment number.
+    key_length_B: only the first so many keys of the row.
+    """
+
+    causal: bool = field(default=True, metadata={"static": True})
+    window: int | Array | None = None
+    offset_B: Array | None = None
+    key_length_B: Array | None = None
+    query_segments_BT: Array | None = None
+    key_segments_BS: Array | None = None
+
+    def with_window(self, window: int | Array | None) -> "Mask":
+        """The same mask with that window."""
+        return replace(self, window=window)
+
+    def draw(self, num_queries: int, num_keys: int) -> Array:
+        """allowed_BTS, bool; B is 1 where rows do not differ."""
+        query_BT = jnp.arange(num_queries)[None, :]
+        if self.offset_B is not None:
+            query_BT = query_BT + self.offset_B[:, None]
+        query_BT1, key_11S = query_BT[:, :, None], jnp.arange(num_keys)[None, None, :]
+        allowed_BTS = jnp.ones((1, num_queries, num_keys), bool)
+        if self.causal or self.window is not None:
+            allowed_BTS &= key_11S <= query_BT1
+        if self.window is not None:
+            allowed_BTS &= query_BT1 - key_11S < self.window
+        if self.key_length_B is not None:
+            allowed_BTS &= key_11S < self.key_length_B[:, None, None]
+        if self.query_segments_BT is not None:
+            allowed_BTS &= self.query_segments_BT[:, :, None] == self.key_segments_BS[:, None, :]
+        return allowed_BTS
+
+
+def attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> Array:
+    """Grouped-query attention under `mask`; out_BTNH in the dtype of q. `scale` is by default 1 / sqrt(H).
+
+    `implementation` "auto" takes the fastest of the default backend that can do all that is asked; a forced one that
+    cannot raises ValueError with the reason. Queries that may read nothing return unspecified finite values with "xla".
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "auto":
+        implementation = choose(q_BTNH, k_BSKH, mask)
+    if implementation == "cudnn":
+        return _attend_cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale)
+    if implementation == "splash":
+        return _attend_splash(q_BTNH, k_BSKH, v_BSKH, mask, scale)
+    return attend(q_BTNH, k_BSKH, v_BSKH, mask.draw(q_BTNH.shape[1], k_BSKH.shape[1]), scale=scale)
+
+
+def choose(q_BTNH: Array, k_BSKH: Array, mask: Mask, *, platform: str | None = None) -> str:
+    """The implementation that "auto" stands for: by platform (by default that of the default backend), dtype and mask.
+
+    A fused kernel is worth its launch from two queries up; a single one is bound by reading the cache.
+    """
+    platform = jax.default_backend() if platform is None else platform
+    if q_BTNH.shape[1] > 1:
+        if platform in ("gpu", "cuda") and not _cudnn_limits(q_BTNH, k_BSKH, mask):
+            return "cudnn"
+        if platform == "tpu" and not _splash_limits(q_BTNH, k_BSKH, mask):
+            return "splash"
+    return "xla"
+
+
+def _cudnn_limits(q_BTNH: Array, k_BSKH: Array, mask: Mask) -> str | None:
+    """Why cuDNN cannot do this, or None. Its causal mask begins with query 0 at key 0; it knows no segments."""
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN attention takes bfloat16 or float16, not {q_BTNH.dtype}"
+    if q_BTNH.shape[-1] % 8 or q_BTNH.shape[-1] > 128:
+        return f"cuDNN attention takes head sizes that are multiples of 8 up to 128, not {q_BTNH.shape[-1]}"
+    if mask.query_segments_BT is not None:
+        return "cuDNN attention has no segment ids: packed documents would read each other"
+    if mask.offset_B is not None:
+        return "cuDNN attention puts query 0 at key 0, so it cannot continue behind a filled cache"
+    if not isinstance(mask.window, int | None):
+        return "cuDNN attention needs a window known when compiling, the same for all layers"
+    return None
+
+
+def _attend_cudnn(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, scale: float | None) -> Array:
+    if reason := _cudnn_limits(q_BTNH, k_BSKH, mask):
+        raise ValueError(reason)
+    query_length_B = None
+    if mask.key_length_B is not None:
+        query_length_B = jnp.full_like(mask.key_length_B, q_BTNH.shape[1])
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        scale=scale,
+        is_causal=mask.causal or mask.window is not None,
+        query_seq_lengths=query_length_B,
+        key_value_seq_lengths=mask.key_length_B,
+        local_window_size=None if mask.window is None else (mask.window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+def _splash_limits(q_BTNH: Array, k_BSKH: Array, mask: Mask) -> str | None:
+    """Why splash attention cannot do this, or None. Its mask is a constant of the program, its blocks are 128 wide."""
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"splash attention takes bfloat16 or float32, not {q_BTNH.dtype}"
+    if T % _LANES or S % _LANES:
+        return f"splash attention takes multiples of {_LANES} positions, not {T} queries and {S} keys"
+    if mask.offset_B is not None:
+        return "splash attention needs query offsets known when compiling, so it cannot continue behind a filled cache"
+    if not isinstance(mask.window, int | None):
+        return "splash attention needs a window known when compiling, the same for all layers"
+    return None
+
+
+def _attend_splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, scale: float | None) -> Array:
+    if reason := _splash_limits(q_BTNH, k_BSKH, mask):
+        raise ValueError(reason)
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+    B, T, N, H = q_BTNH.shape
+    S = k_BSKH.shape[1]
+    if mask.window is not None:
+        allowed = splash_mask.LocalMask((T, S), (mask.window - 1, 0), offset=0)
+    elif mask.causal:
+        allowed = splash_mask.CausalMask((T, S))
+    else:
+        allowed = splash_mask.FullMask((T, S))
+    block_q, block_kv = math.gcd(T, 512), math.gcd(S, 512)
+    kernel = splash.make_splash_mha(
+        splash_mask.MultiHeadMask([allowed] * N),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash.BlockSizes(
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
+        ),
+    )
+    segments = _splash_segments(mask, B, T, S)
+    scale = H**-0.5 if scale is None else scale
+    padded = [(0, 0)] * 3 + [(0, -H % _LANES)]  # zero components add nothing to a score
+    q_BNTH, k_BKSH, v_BKSH = (
+        jnp.pad(x, padded).swapaxes(1, 2) for x in (q_BTNH * jnp.asarray(scale, q_BTNH.dtype), k_BSKH, v_BSKH)
+    )
+    if segments is None:
+        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH)
+    else:
+        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segment_ids=splash.SegmentIds(*segments))
+    return out_BNTH.swapaxes(1, 2)[..., :H].astype(q_BTNH.dtype)
+
+
+def _splash_segments(mask: Mask, B: int, T: int, S: int) -> tuple[Array, Array] | None:
+    """Segment numbers of queries and keys that say both the segments and the key lengths of the mask."""
+    if mask.query_segments_BT is None and mask.key_length_B is None:
+        return None
+    query_BT, key_BS = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
+    if mask.query_segments_BT is not None:
+        query_BT, key_BS = mask.query_segments_BT.astype(jnp.int32), mask.key_segments_BS.astype(jnp.int32)
+    if mask.key_length_B is not None:
+        nobodys = jnp.iinfo(jnp.int32).min
+        key_BS = jnp.where(jnp.arange(S) < mask.key_length_B[:, None], key_BS, nobodys)
+    return query_BT, key_BS

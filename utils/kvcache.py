@@ -1,0 +1,100 @@
+"""Key/value cache: keys and values of every layer, in slots that are filled from the left, row by row.
+
+Slot s of a row holds the token at position s of that row's text, so rows of different lengths share a batch and
+no padding is ever inside a row. Letters as in `utils.ops`; S is the capacity, fixed when the cache is made.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys (rotated) and values, [L, B, K, S, H], and how many slots of each row are filled, int32 [B]."""
+
+    k_LBKSH: Array
+    v_LBKSH: Array
+    length_B: Array
+
+    @property
+    def capacity(self) -> int:
+        """Slots in each row."""
+        return self.k_LBKSH.shape[3]
+
+
+def create(
+    num_layers: int, batch_size: int, num_kv_heads: int, capacity: int, head_dim: int, *, dtype: jnp.dtype
+) -> KVCache:
+    """An empty cache."""
+    shape = (num_layers, batch_size, num_kv_heads, capacity, head_dim)
+    return KVCache(
+        k_LBKSH=jnp.zeros(shape, dtype), v_LBKSH=jnp.zeros(shape, dtype), length_B=jnp.zeros(batch_size, jnp.int32)
+    )
+
+
+def write(cache: KVCache, layer: Array | int, k_BTKH: Array, v_BTKH: Array) -> KVCache:
+    """Put T new tokens of one layer behind each row's filled slots; `advance` then counts them, once for all layers.
+
+    What would go beyond the capacity is dropped: whoever drives the cache compares lengths and capacity first.
+    """
+    B, T = k_BTKH.shape[:2]
+    slots_BT = cache.length_B[:, None] + jnp.arange(T)
+    rows_BT = jnp.arange(B)[:, None]
+
+    def put(stored_LBKSH: Array, new_BTKH: Array) -> Array:
+        new_BTKH = new_BTKH.astype(stored_LBKSH.dtype)
+        return stored_LBKSH.at[layer, rows_BT, :, slots_BT].set(new_BTKH, mode="drop", unique_indices=True)
+
+    return replace(cache, k_LBKSH=put(cache.k_LBKSH, k_BTKH), v_LBKSH=put(cache.v_LBKSH, v_BTKH))
+
+
+def read(cache: KVCache, layer: Array | int) -> tuple[Array, Array]:
+    """k_BSKH and v_BSKH of one layer, empty slots included: the mask must leave those out."""
+    k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
+    v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
+    return k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
+
+
+def advance(cache: KVCache, count_B: Array | int) -> KVCache:
+    """Count `count_B` more filled slots in each row, behind `write` in all layers."""
+    return replace(cache, length_B=cache.length_B + count_B)
+
+
+def reset(cache: KVCache, *, rows_B: Array | None = None, length_B: Array | int = 0) -> KVCache:
+    """Cut rows back to their first `length_B` tokens, by default to none, by default all rows.
+
+    `rows_B` is bool, True for the rows to cut. A length beyond the present one is taken as the present one.
+    """
+    shorter_B = jnp.minimum(cache.length_B, length_B)
+    return replace(cache, length_B=shorter_B if rows_B is None else jnp.where(rows_B, shorter_B, cache.length_B))
+
+
+def fork(cache: KVCache, copies: int) -> KVCache:
+    """Repeat every row `copies` times, side by side: B rows become B * copies."""
+    return KVCache(
+        k_LBKSH=jnp.repeat(cache.k_LBKSH, copies, axis=1),
+        v_LBKSH=jnp.repeat(cache.v_LBKSH, copies, axis=1),
+        length_B=jnp.repeat(cache.length_B, copies),
+    )
+
+
+def resize(cache: KVCache, capacity: int) -> KVCache:
+    """The same rows with more or fewer slots. Slots that are cut off must be empty."""
+    extra = capacity - cache.capacity
+
+    def fit(stored_LBKSH: Array) -> Array:
+        if extra <= 0:
+            return stored_LBKSH[:, :, :, :capacity]
+        return jnp.pad(stored_LBKSH, ((0, 0),) * 3 + ((0, extra), (0, 0)))
+
+    return replace(cache, k_LBKSH=fit(cache.k_LBKSH), v_LBKSH=fit(cache.v_LBKSH))
+
+
+def num_bytes(cache: KVCache) -> int:
+    """Bytes of the keys, values and lengths, over all devices."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

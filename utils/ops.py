@@ -1,0 +1,110 @@
+"""The array functions a LLaMA-family network is made of.
+
+The shape alphabet of the whole project. An array of known rank carries its letters as a suffix, and the
+suffix letters are the einsum letters:
+
+    B  batch rows             D  model width            N  query heads
+    T  query positions        F  feed-forward width     K  key/value heads
+    S  key positions          V  vocabulary             G  query heads per key/value head, N / K
+    L  layers                 H  head size              P  rotary pairs, H / 2
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+def contract(spec: str, x_BT: Array, weight: Array, *, dtype: jnp.dtype | None = None) -> Array:
+    """Einsum of activations that begin with the letters B and T with a weight; the result begins with B and T too.
+
+    A single row (B = T = 1) is contracted as a vector: XLA's CPU backend streams the weight at memory speed for
+    a matrix times a vector, but not for a matrix times a one-row matrix.
+
+    `dtype` is the dtype of the result; by default that of the operands.
+    """
+    if x_BT.shape[:2] == (1, 1):
+        return jnp.einsum(spec.replace("BT", ""), x_BT[0, 0], weight, preferred_element_type=dtype)[None, None]
+    return jnp.einsum(spec, x_BT, weight, preferred_element_type=dtype)
+
+
+def rms_norm(x_BTD: Array, scale_D: Array, *, eps: float) -> Array:
+    """Divide by the root mean square over the last axis, then multiply by `scale_D`.
+
+    The statistics and the division are float32 whatever the dtype of x, in which the result comes back.
+    The last axis may be any: query and key norms use H. Source: arXiv:1910.07467, eq. 4.
+    """
+    x32_BTD = x_BTD.astype(jnp.float32)
+    mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
+    return (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype) * scale_D
+
+
+def rotate(x_BTNH: Array, cos_BTP: Array, sin_BTP: Array) -> Array:
+    """Apply rotary position embedding to queries or keys, in float32; the result has the dtype of x.
+
+    Components i and i + H/2 are one pair (the layout of Hugging Face checkpoints; Meta's pair 2i with 2i + 1).
+    Angles come from `utils.rope`. Source: arXiv:2104.09864, eq. 34.
+    """
+    cos_BT1P, sin_BT1P = cos_BTP[:, :, None, :], sin_BTP[:, :, None, :]
+    a_BTNP, b_BTNP = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = (a_BTNP * cos_BT1P - b_BTNP * sin_BT1P, b_BTNP * cos_BT1P + a_BTNP * sin_BT1P)
+    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+
+
+def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array, *, scale: float | None = None) -> Array:
+    """Grouped-query attention; scores and softmax in float32. Returns out_BTNH in the dtype of q.
+
+    `allowed_BTS` is bool, True where query t may read key s; its B may be 1. A query that may read nothing gets
+    the plain mean of the values, never NaN. `scale` multiplies the scores, by default 1 / sqrt(H).
+
+    Raises ValueError if N is not a multiple of K. Source: arXiv:2305.13245.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    if N % K:
+        raise ValueError(f"{N} query heads cannot share {K} key/value heads evenly")
+    scale = H**-0.5 if scale is None else scale
+    q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H)
+    score_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    score_BKGTS = jnp.where(allowed_BTS[:, None, None], score_BKGTS, jnp.finfo(jnp.float32).min)
+    weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weight_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def feed_forward(
+    x_BTD: Array,
+    up_DF: Array,
+    down_FD: Array,
+    *,
+    activation: str,
+    gate_DF: Array | None = None,
+    biases: tuple[Array | None, Array | None, Array | None] = (None, None, None),
+) -> Array:
+    """The position-wise feed-forward layer: gated, act(x gate) * (x up) down, or plain, act(x up) down.
+
+    `activation` is a key of ACTIVATIONS. `biases` are those of gate (F), up (F) and down (D).
+    Source: arXiv:2002.05202, sec. 2 (gated); arXiv:1706.03762, eq. 2 (plain).
+    """
+    act = ACTIVATIONS[activation]
+    gate_bias_F, up_bias_F, down_bias_D = biases
+    inner_BTF = add_bias(contract("BTD,DF->BTF", x_BTD, up_DF), up_bias_F)
+    if gate_DF is None:
+        inner_BTF = act(inner_BTF)
+    else:
+        inner_BTF = act(add_bias(contract("BTD,DF->BTF", x_BTD, gate_DF), gate_bias_F)) * inner_BTF
+    return add_bias(contract("BTF,FD->BTD", inner_BTF, down_FD), down_bias_D)
+
+
+def add_bias(x: Array, bias: Array | None) -> Array:
+    """x + bias, or x where there is none."""
+    return x if bias is None else x + bias
