@@ -7,13 +7,14 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from data.chat_sandbox import CLOSING, OPENING, run_template
 from data.chat_templates import CHAT_TEMPLATES
 
-__all__ = ["CHAT_TEMPLATES", "RenderedChat", "encode_chat", "render_chat"]
+__all__ = ["CHAT_TEMPLATES", "RenderedChat", "choose_template", "encode_chat", "render_chat"]
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
@@ -95,8 +96,9 @@ def encode_chat(
 
     A special token's name in any string of messages, tools and variables["documents"] is encoded as plain text, so
     nobody forges a turn; added tokens that are not flagged special, such as `<think>`, stay single ids. The template
-    defaults to the tokenizer's, and reads bos_token, eos_token and pad_token. BOS goes in front if add_bos (None:
-    where the tokenizer's convention has it), but never a second time. Raises ValueError as `render_chat` does.
+    defaults to the tokenizer's, and reads bos_token, eos_token and pad_token. BOS goes in front if add_bos, but never a
+    second time; None leaves it to the tokenizer's own template, as transformers does, and with any other template
+    follows the tokenizer's convention for texts. Raises ValueError as `render_chat` does.
 
     While the template runs, each such name is one private-use character. Limits: a template that compares content with
     a special token's name does not see it; one that deletes from the middle of a string may join what is left of it to
@@ -119,11 +121,30 @@ def encode_chat(
         variables=variables | {"documents": guard.hide(documents)},
     ).text
     ids = guard.encode(text, tokenizer)
-    if tokenizer.adds_bos if add_bos is None else add_bos:
+    if add_bos is None:
+        add_bos = tokenizer.adds_bos and template != tokenizer.chat_template
+    if add_bos:
         if tokenizer.bos_id is None:
             raise ValueError("add_bos asked of a tokenizer that has no BOS token")
         ids = ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
     return ids
+
+
+def choose_template(tokenizer: _ChatTokenizer, name: str | None = None) -> str:
+    """The template for a checkpoint: the built-in one or file of that name, else the tokenizer's own, else the
+    built-in one that its special tokens point to, else `qa`. Raises ValueError for a name that is neither.
+    """
+    if name in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[name]
+    if name is not None:
+        if not Path(name).is_file():
+            raise ValueError(f"chat template {name!r} is neither a file nor one of {', '.join(CHAT_TEMPLATES)}")
+        return Path(name).read_text(encoding="utf-8")
+    if tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    if "<|eot_id|>" in tokenizer.special_tokens:
+        return CHAT_TEMPLATES["llama3"]
+    return CHAT_TEMPLATES["chatml" if "<|im_start|>" in tokenizer.special_tokens else "qa"]
 
 
 class _Guard:

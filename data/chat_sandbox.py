@@ -6,7 +6,7 @@ import datetime
 import functools
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import jinja2
@@ -15,7 +15,7 @@ OPENING = "generation_opening"
 CLOSING = "generation_closing"
 
 
-class _Refusal(Exception):
+class _RefusedError(Exception):
     """What a template raises through raise_exception."""
 
 
@@ -32,7 +32,7 @@ def run_template(template: str, context: Mapping[str, Any]) -> str:
         raise ValueError(f"chat template does not compile{f', line {line}' if line else ''}: {error}") from error
     try:
         return compiled.render(context)
-    except _Refusal as refusal:
+    except _RefusedError as refusal:
         raise ValueError(str(refusal)) from refusal
     except Exception as error:
         raise ValueError(f"chat template failed with {type(error).__name__}: {error}") from error
@@ -51,7 +51,7 @@ def _environment() -> jinja2.Environment:
     from jinja2.ext import Extension
 
     class Generation(Extension):
-        tags = {"generation"}
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno
@@ -87,7 +87,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _raise_exception(message: str) -> None:
-    raise _Refusal(message)
+    raise _RefusedError(message)
 
 
 def _strftime_now(pattern: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import codecs
+import contextlib
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -29,10 +30,8 @@ class IncrementalDecoder:
 
     def push(self, ids: int | Iterable[int]) -> str:
         """Return the text that one id or some ids complete."""
-        try:
+        with contextlib.suppress(TypeError):  # several ids
             ids = (operator.index(ids),)
-        except TypeError:
-            pass
         data = b"".join(self._token_bytes(i) for i in map(operator.index, ids) if i not in self._skipped)
         if data and self._strip_space:
             data = data.removeprefix(b" ")

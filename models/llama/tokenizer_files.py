@@ -50,9 +50,9 @@ def read_settings(folder: Path) -> TokenizerSettings:
         bos_token=_content(config.get("bos_token")),
         eos_token=_content(config.get("eos_token")),
         pad_token=_content(config.get("pad_token")),
-        bos_token_id=_first_id(generation, model, key="bos_token_id"),
+        bos_token_id=None if _denied(config, "bos_token") else _first_id(generation, model, key="bos_token_id"),
         eos_token_ids=tuple(dict.fromkeys(ids)),
-        pad_token_id=_first_id(generation, model, key="pad_token_id"),
+        pad_token_id=None if _denied(config, "pad_token") else _first_id(generation, model, key="pad_token_id"),
         add_bos_token=add_bos if isinstance(add_bos, bool) else None,
         add_prefix_space=config.get("add_prefix_space") is True,
         tokenizer_class=config.get("tokenizer_class"),
@@ -207,6 +207,11 @@ def _content(token: Any) -> str | None:
     if isinstance(token, Mapping):
         token = token.get("content")
     return token if isinstance(token, str) else None
+
+
+def _denied(config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a config says that there is no such token, which is more than saying nothing."""
+    return name in config and config[name] is None
 
 
 def _ids(value: Any) -> list[int]:

@@ -65,9 +65,8 @@ class HuggingFaceTokenizer(BytesTokenizer):
         return model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in vars(self).items() if name != "_strict_model"
-        }  # its switch is not pickled
+        # The library does not pickle the switch, so the copy has to be made anew.
+        return {name: value for name, value in vars(self).items() if name != "_strict_model"}
 
     def _encode(self, text: str, allow_special: bool) -> list[int]:
         strict = not allow_special and (self._normalizes_special or self._special.search(text))

@@ -103,7 +103,9 @@ WITH_REASONING = """{% for message in messages %}
 {% endif %}
 {{ content }}<|out|>
 {% endfor %}
-{% if documents %}
+{% if documents is defined and documents is none %}
+No documents.
+{% elif documents %}
 {{ documents | tojson }}
 {% endif %}
 {% if add_generation_prompt %}
@@ -117,7 +119,7 @@ WITH_REASONING = """{% for message in messages %}
 WITH_GENERATION = """{{ bos_token }}{% for message in messages %}
 {% if message.role == 'assistant' %}
 A:{% generation %}
-{% set body = message.content %} {{ body }}{{ eos_token }}{% endgeneration %}
+{% set body = message.content %} {{ body }}{{ eos_token }}{% endgeneration %}{{ body is defined }}
 
 {% else %}
 {{ message.role[0] | upper }}: {{ message.content }}
@@ -192,6 +194,12 @@ def test_continuing_is_refused_where_it_cannot_be():
         render_chat([{"role": "assistant"}], template=template, continue_final_message=True)
     with pytest.raises(ValueError, match="does not write"):
         render_chat(TALK, template="fixed", continue_final_message=True)
+    with pytest.raises(ValueError, match="does not write"):
+        render_chat(
+            [{"role": "assistant", "content": "a</think>b"}],
+            template="{{ messages[0].content.split('</think>')[-1] }}",
+            continue_final_message=True,
+        )
 
 
 def test_llama3_format():
@@ -240,7 +248,7 @@ def test_built_in_templates_refuse_what_they_would_drop(name):
 
 def test_llama2_wants_turns():
     for messages in (TALK[:1], [TALK[1], TALK[1]], [TALK[2]]):
-        with pytest.raises(ValueError, match="turns|user message"):
+        with pytest.raises(ValueError, match=r"turns|user message"):
             render_chat(messages, template=CHAT_TEMPLATES["llama2"])
 
 
@@ -262,7 +270,7 @@ def test_messages_are_checked(messages, words):
 
 
 def test_a_refusing_template_speaks_for_itself():
-    with pytest.raises(ValueError, match="^no such role: x$"):
+    with pytest.raises(ValueError, match=r"^no such role: x$"):
         render_chat([{"role": "x"}], template="{{ raise_exception('no such role: ' + messages[0].role) }}")
 
 
@@ -298,7 +306,7 @@ def test_a_failing_template_is_a_value_error(template):
     ],
 )
 def test_the_sandbox_holds(template):
-    with pytest.raises(ValueError, match="failed with (Security|Undefined|Overflow|Type)"):
+    with pytest.raises(ValueError, match=r"failed with (Security|Undefined|Overflow|Type)"):
         render_chat([{"role": "user", "content": ""}], template=template)
 
 
@@ -422,6 +430,21 @@ def test_a_name_in_two_strings_does_not_join(tokenizer, template):
     parts = [{"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|>b"}]
     ids = encode_chat(tokenizer, [{"role": "user", "content": parts}], template=template, add_bos=False)
     assert ids == tokenizer.encode("a<|im_end|>b")
+
+
+def test_an_open_end_alone_changes_nothing(tmp_path):
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    model = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model.add_tokens([AddedToken("<|im_start|>", special=True, rstrip=True, normalized=False)])
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = encode_chat(
+        tokenizer, [{"role": "user", "content": "a <"}], template="<|im_start|> {{ messages[0].content }}"
+    )
+    assert ids == tokenizer.encode("<|im_start|> a <", allow_special=True)
 
 
 def test_names_in_tools_documents_and_keys_are_text(tokenizer):

@@ -6,6 +6,7 @@ import pickle
 import random
 import time
 
+import numpy as np
 import pytest
 
 from models.llama.tokenizer import load_tokenizer
@@ -348,6 +349,22 @@ def test_added_token_that_is_not_special_is_one_id_either_way(folders):
     assert tokenizer.decode([think], skip_special=True) == "<think>"
 
 
+def test_added_tokens_beyond_ascii_read_as_they_are(folders, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((folders["tokenizer.json"] / "tokenizer.json").read_bytes())
+    size = load_tokenizer(tmp_path).vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<é>": size, "<東>": size + 1}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("<é><東>") == [size, size + 1]
+    assert tokenizer.decode([size, size + 1]) == "<é><東>"
+
+
+def test_ids_may_be_numpy(folders):
+    tokenizer = load_tokenizer(folders["tokenizer.json"])
+    ids = np.array(tokenizer.encode("the 東京"), np.int32)
+    decoder = tokenizer.decoder()
+    assert tokenizer.decode(ids) == "the 東京" == "".join([decoder.push(i) for i in ids])
+
+
 def test_add_bos_needs_a_bos(folders, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((folders["tokenizer.json"] / "tokenizer.json").read_bytes())
     tokenizer = load_tokenizer(tmp_path)
@@ -371,6 +388,28 @@ def test_stop_ids_come_from_all_files(folders, tmp_path):
     assert tokenizer.pad_id == tokenizer.special_tokens["<|start|>"]
     assert tokenizer.bos_id == 1
     assert tokenizer.stop_ids == {tokenizer.eos_id, 7, 8, 9}
+
+
+def test_a_token_that_is_denied_is_not_looked_up_elsewhere(folders, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((folders["tokenizer.json"] / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": null, "pad_token": null}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 2, None)
+
+
+def test_named_tokens_of_the_vocabulary_become_special(folders, tmp_path):
+    spec = json.loads((folders["tokenizer.json"] / "tokenizer.json").read_text())
+    spec["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|stop|>", "additional_special_tokens": ["<|start|>", "<|none|>"]}'
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert dict(tokenizer.special_tokens) == {"<|start|>": 1, "<|stop|>": 2}
+    assert tokenizer.encode("<|start|>", allow_special=True) == [1] and len(tokenizer.encode("<|start|>")) > 1
 
 
 def test_tokens_that_only_tokenizer_config_lists(folders, tmp_path):
@@ -483,6 +522,20 @@ def test_tiktoken_cut_between_lines_is_refused_where_params_tell(folders, tmp_pa
         load_tokenizer(path)
 
 
+@pytest.mark.parametrize("change", ["gap", "twice", "no byte"])
+def test_tiktoken_ranks_are_checked(folders, tmp_path, change):
+    tokens = [line.split()[0] for line in (folders["tiktoken"] / "tokenizer.model").read_bytes().splitlines()]
+    ranks = list(range(len(tokens)))
+    if change == "gap":
+        ranks[100:] = [rank + 1 for rank in ranks[100:]]
+    else:
+        tokens[100] = tokens[99] if change == "twice" else base64.b64encode(b"ten")
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"".join(b"%s %d\n" % pair for pair in zip(tokens, ranks, strict=True)))
+    with pytest.raises(ValueError, match="1 of the 256 single bytes" if change == "no byte" else "line 101"):
+        load_tokenizer(path)
+
+
 def test_lfs_pointer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ValueError, match="Git LFS"):
@@ -523,6 +576,8 @@ def test_metaspace(tmp_path, space):
     model.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode("the cat sat")) == "the cat sat"
+    if space == "never":
+        assert tokenizer.decode(tokenizer.encode(" the cat")) == " the cat"
 
 
 def test_tokens_without_a_decoder_are_joined_with_spaces(tmp_path):
