@@ -61,7 +61,8 @@ def generate(
         repetition_penalty: Above 1 makes tokens that have occurred less likely.
         max_consecutive_newlines: No run of newlines grows longer than this.
         banned_tokens: A token id, or the text of a single token, that is never drawn; may be repeated, or a JSON list.
-        stop: A string that ends a completion and is left out of it; backslash-n is a newline; may be repeated, or a JSON list.
+        stop: A string that ends a completion and is left out of it. Backslash-n is a newline. May be repeated, or a
+            JSON list.
         seed: Seed of the random draws. A row's draws depend on the seed and its number, not on the batch.
         n: Completions for each prompt.
         logprobs: Add the natural-log probabilities of the tokens, under softmax(logits / temperature), to --output.
@@ -81,8 +82,9 @@ def generate(
         raise UsageError("--logprobs are written to --output: give it a file")
     if system is not None and not chat:
         raise UsageError("--system goes with --chat")
-    if batch_size < 1:
-        raise UsageError(f"--batch_size must be at least 1, not {batch_size}")
+    for flag, value in {"batch_size": batch_size, "n": n, "max_new_tokens": max_new_tokens}.items():
+        if value < 1:
+            raise UsageError(f"--{flag} must be at least 1, not {value}")
     rows = _read_prompts(prompt, prompts_file)
     if output and not Path(output).absolute().parent.is_dir():
         raise UsageError(f"--output {output}: its folder does not exist")
@@ -163,9 +165,7 @@ def _read_json_row(line: str, where: str) -> dict[str, Any]:
 def _encode(row: dict[str, Any], tokenizer, chat: bool, system: str | None) -> list[int]:
     if not chat and "messages" not in row:
         return tokenizer.encode(row["prompt"], add_bos=tokenizer.adds_bos)
-    from inference.setup import chat_template
-
-    from data.chat import encode_chat
+    from data.chat import choose_template, encode_chat
 
     messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
     if system is not None:
@@ -174,7 +174,7 @@ def _encode(row: dict[str, Any], tokenizer, chat: bool, system: str | None) -> l
         return encode_chat(
             tokenizer,
             messages,
-            template=chat_template(tokenizer),
+            template=choose_template(tokenizer),
             tools=row.get("tools"),
             add_generation_prompt=True,
         )

@@ -112,23 +112,25 @@ def _cut(completion: Completion, keep: int) -> Completion:
     )
 
 
-def stream(model: LLaMa, prompt: Sequence[int], request: Request) -> Iterator[list[int]]:
-    """New token ids of one sample of one prompt as they are drawn, in pieces of about a twentieth of a second."""
+def stream(model: LLaMa, prompt: Sequence[int], request: Request, *, number: int = 0) -> Iterator[list[int]]:
+    """New token ids of the first sample of the prompt of that number as they are drawn, a few at a time."""
     check_prompts(model, [prompt])
-    state, rules, stop_E = start(model, [prompt], request, indices=[0])
-    yield from pieces(model, state, rules, stop_E)
+    state, rules, stop_E = start(model, [prompt], request, indices=[number])
+    for ids, _ in pieces(model, state, rules, stop_E):
+        yield ids
 
 
-def pieces(model: LLaMa, state: DecodeState, rules: SamplingRules, stop_E: np.ndarray) -> Iterator[list[int]]:
-    """Drive a one-row state to its end, yielding the new token ids; returns the last state (of `yield from`)."""
+def pieces(
+    model: LLaMa, state: DecodeState, rules: SamplingRules, stop_E: np.ndarray
+) -> Iterator[tuple[list[int], DecodeState]]:
+    """Drive a one-row state to its end; yields new token ids with the state behind them, about 20 times a second."""
     told, steps = 0, 1
     while True:
-        count = int(state.count_B[0])
-        if count > told:
-            yield np.asarray(state.tokens_BM[0, told:count]).tolist()
-            told = count
-        if bool(state.done_B[0]):
-            return state
+        count, done, tokens_M = jax.device_get((state.count_B[0], state.done_B[0], state.tokens_BM[0]))
+        yield tokens_M[told:count].tolist(), state
+        if done:
+            return
+        told = count
         before = time.perf_counter()
         state = jax.block_until_ready(decode(model, state, rules, stop_E, steps))
         a_step = (time.perf_counter() - before) / steps
@@ -188,7 +190,7 @@ def begin_rows(
     limit_B: np.ndarray,
     buffer: int,
 ) -> tuple[DecodeState, SamplingRules, np.ndarray]:
-    """`decode.begin` with the rules and row histories that a request asks for; `texts` are all ids of each row so far."""
+    """`decode.begin` with the rules and row histories of a request; `texts` are all ids of each row so far."""
     vocab = model.config.vocab_size
     rules = SamplingRules.of(request.sampling, vocab_size=vocab, newlines=request.newlines)
     seen_BV = newline_run_B = None

@@ -29,8 +29,8 @@ class DecodeState:
     """Rows in the middle of being continued.
 
     `last_B` has been drawn but is not in the cache yet. Row b has drawn the first `count_B`[b] of `tokens_BM`, at most
-    `limit_B`[b]; `drawn_logprobs_BM` and `plain_logprobs_BM` (see `SamplingRules.log_probs`) and the two things that rules
-    may look at, `seen_BV` and `newline_run_B`, are None where nobody asked for them.
+    `limit_B`[b]; `drawn_logprobs_BM` and `plain_logprobs_BM` (see `SamplingRules.log_probs`) and the two things that
+    rules may look at, `seen_BV` and `newline_run_B`, are None where nobody asked for them.
     """
 
     cache: KVCache
@@ -115,8 +115,8 @@ def begin(
 ) -> DecodeState:
     """The state of prefilled rows with their first token drawn.
 
-    `keys_B` are PRNG keys, `limit_B` the most tokens each row may draw (0: none, the row is only there to fill the batch),
-    `stop_E` the ids that end a row, which are drawn and counted themselves. `max_new_tokens` sizes the buffers.
+    `keys_B` are PRNG keys, `limit_B` the most tokens each row may draw (0: none, the row is only there to fill the
+    batch), `stop_E` the ids that end a row, which are drawn and counted themselves. `max_new_tokens` sizes the buffers.
     """
     B = last_BD.shape[0]
     numbers_BM = jnp.zeros((B, max_new_tokens), jnp.float32) if logprobs else None

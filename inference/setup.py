@@ -50,7 +50,7 @@ def choose_device(device: str) -> None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     try:
         jax.devices()
-    except RuntimeError:
+    except (RuntimeError, AssertionError):
         raise ValueError(f"--device {device}: jax finds none here") from None
 
 
@@ -94,22 +94,3 @@ def with_banned(params: SamplingParams, banned: Sequence[str], tokenizer: Tokeni
 def _without_dummy_prefix(ids: list[int], text: str, tokenizer: Tokenizer) -> list[int]:
     """The ids without the lone space that SentencePiece tokenizers put in front of a text."""
     return ids[1:] if not text.startswith(" ") and tokenizer.token_bytes(ids[0]) == b" " else ids
-
-
-def chat_template(tokenizer: Tokenizer, name: str | None = None) -> str:
-    """The chat template to use: the named built-in one or file, else the checkpoint's own, else the built-in one that
-    the tokenizer's special tokens point to, else questions and answers in plain text."""
-    from data.chat import CHAT_TEMPLATES
-
-    if name is not None:
-        if name in CHAT_TEMPLATES:
-            return CHAT_TEMPLATES[name]
-        if not Path(name).is_file():
-            raise ValueError(f"--template {name!r} is neither a file nor one of {', '.join(CHAT_TEMPLATES)}")
-        return Path(name).read_text(encoding="utf-8")
-    if tokenizer.chat_template is not None:
-        return tokenizer.chat_template
-    special = tokenizer.special_tokens
-    if "<|eot_id|>" in special:
-        return CHAT_TEMPLATES["llama3"]
-    return CHAT_TEMPLATES["chatml" if "<|im_start|>" in special else "qa"]

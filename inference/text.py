@@ -1,7 +1,7 @@
 """Completions as text: stop strings, incremental decoding, newline tables."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from inference import completion
@@ -22,8 +22,8 @@ class TextCompletion:
 class StopStrings:
     """Watches text that arrives in pieces for the first of some strings, and never lets a part of one through.
 
-    `push` returns the text that is safe to show, `flush` the rest that no stop string came of. Once `found`, nothing more
-    is returned.
+    `push` returns the text that is safe to show, `flush` the rest that no stop string came of. Once `found`, nothing
+    more is returned.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -75,13 +75,22 @@ def complete(
 
 
 def stream(
-    model: LLaMa, tokenizer: Tokenizer, prompt: Sequence[int], request: Request, *, stop: Sequence[str] = ()
-) -> Iterator[str]:
-    """The text of one completion in pieces as it is drawn; returns the `TextCompletion` (of `yield from`)."""
+    model: LLaMa,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    request: Request,
+    *,
+    stop: Sequence[str] = (),
+    number: int = 0,
+) -> Generator[str, None, TextCompletion]:
+    """The text of one completion in pieces as it is drawn; returns the `TextCompletion` (of `yield from`).
+
+    `number` is that of the prompt, for its seed.
+    """
     watch, decoder = StopStrings(stop), tokenizer.decoder(skip_special=True, continuation=_has_text(tokenizer, prompt))
     ids: list[int] = []
     shown: list[str] = []
-    for token in itertools.chain.from_iterable(completion.stream(model, prompt, request)):
+    for token in itertools.chain.from_iterable(completion.stream(model, prompt, request, number=number)):
         ids.append(token)
         shown.append(watch.push("" if token in request.stop_ids else decoder.push(token)))
         if shown[-1]:
