@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig = CONFIG) -> None:
     for name, stored in HUGGING_FACE.items():
         if name.removeprefix("blocks.") in _PARAMETERS.split():
             shape = layout(name, stored, config).stored_shape
-            shapes |= {tensor: (bfloat16, shape) for tensor in tensors_of(name, stored, config)}
+            shapes |= dict.fromkeys(tensors_of(name, stored, config), (bfloat16, shape))
 
     def random(tensor: str) -> np.ndarray:
         shape = shapes[tensor][1]

@@ -4,10 +4,12 @@ from models.llama.checkpoint import load_config
 from models.llama.config import LlamaConfig
 from models.llama.load import check_vocabulary, load_pretrained
 from models.llama.model import LLaMa, TransformerBlock
+from models.llama.presets import PRESETS
 from models.llama.save import save_pretrained
 from models.llama.tokenizer import load_tokenizer
 
 __all__ = [
+    "PRESETS",
     "LLaMa",
     "LlamaConfig",
     "TransformerBlock",

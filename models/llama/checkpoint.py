@@ -18,6 +18,7 @@ from models.llama.names import HUGGING_FACE, META, Layout, Stored, layout, param
 from models.llama.pth import open_pth
 
 _COMPARED_BYTES = 16 * 2**20
+_MALFORMED = (TypeError, AttributeError, KeyError, ArithmeticError)  # a config with, say, text for a number
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope\.freqs")
 
 
@@ -88,6 +89,8 @@ def _config_from_hf(path: Path) -> LlamaConfig:
         return config_from_hf(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except _MALFORMED as error:
+        raise ValueError(f"{path}: a value of the wrong kind ({error})") from None
 
 
 def _open_hf(config_path: Path, path: Path) -> Checkpoint:
@@ -126,6 +129,8 @@ def _open_meta(params_path: Path) -> Checkpoint:
         config = config_from_meta(params, {name: [part[name].shape for part in opened] for name in opened[0]})
     except ValueError as error:
         raise ValueError(f"{params_path}: {error}") from None
+    except _MALFORMED as error:
+        raise ValueError(f"{params_path}: a value of the wrong kind ({error})") from None
     shapes = {tensor: layout_.stored_shape for _, tensor, layout_ in _expected(config, META)}
     vocabulary = shapes["tok_embeddings.weight"]
     joined = {

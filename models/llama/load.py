@@ -40,8 +40,8 @@ def load_pretrained(
 ) -> LLaMa:
     """The network of a checkpoint: a Hugging Face or Meta folder, a `.safetensors` or a llama2.c file.
 
-    `dtype` None keeps the stored type, the widest where tensors differ, but at most float32. On a `mesh` parameters lie
-    as `utils.sharding` has it, otherwise on the default device.
+    `dtype` None keeps the stored type, the widest where tensors differ; float64 becomes float32 unless jax has it
+    enabled. On a `mesh` parameters lie as `utils.sharding` has it, otherwise on the default device.
 
     Raises FileNotFoundError for a missing path, file or part; ValueError, naming file and tensor, for files that are
     damaged, do not fit their config, or describe a network that ours is not, and for weights that the mesh cannot cut.
@@ -73,7 +73,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> np.dtype:
         for name in tensors_of(parameter, stored, checkpoint.config)
         if name in checkpoint.tensors
     }
-    return jnp.result_type(*(np.float32 if dtype == np.float64 else dtype for dtype in used))
+    return jnp.result_type(*(jax.dtypes.canonicalize_dtype(dtype) for dtype in used))
 
 
 def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

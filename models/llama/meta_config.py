@@ -8,10 +8,10 @@ from models.llama.llama2c import Llama2cHeader
 from utils.rope import Llama3Scaling
 
 # `multiple_of` and `ffn_dim_multiplier` only round the feed-forward width, which the weights tell.
-_READ_KEYS = frozenset(
-    ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta", "use_scaled_rope")
-    + ("rope_scaling_factor", "max_seq_len", "multiple_of", "ffn_dim_multiplier", "max_batch_size")
-)
+_READ_KEYS = {
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta", "use_scaled_rope"),
+    *("rope_scaling_factor", "max_seq_len", "multiple_of", "ffn_dim_multiplier", "max_batch_size"),
+}
 _CONTEXTS = {500000.0: 8192, 1000000.0: 16384}  # Llama 3 and Code Llama, by rope_theta
 
 

@@ -6,6 +6,7 @@ runs it, so compile time does not grow with depth. A parameter's suffix letters 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,7 @@ from utils.attention import Mask, attention
 from utils.kvcache import KVCache
 from utils.ops import add_bias, contract, feed_forward, rms_norm, rotate
 from utils.rope import rope_angles
-
-Array = jax.Array
+from utils.shapes import Array, Float, Int
 
 
 @dataclass(frozen=True)
@@ -134,22 +134,22 @@ class LLaMa(nnx.Module):
         self.norm_D = init.ones("D")
         self.unembed_DV = None if config.tie_embeddings else init.normal("DV")
 
-    def __call__(self, tokens_BT: Array, **options) -> tuple[Array, KVCache | None]:
+    def __call__(self, tokens_BT: Int[Array, "B T"], **options: Any) -> tuple[Float[Array, "B T V"], KVCache | None]:
         """Logits, float32 [B, T, V]; those at t predict token t + 1. Options and cache as in `hidden`."""
         x_BTD, cache = self.hidden(tokens_BT, **options)
         return self.unembed(x_BTD), cache
 
     def hidden(
         self,
-        tokens_BT: Array,
+        tokens_BT: Int[Array, "B T"],
         *,
-        positions_BT: Array | None = None,
-        segments_BT: Array | None = None,
-        lengths_B: Array | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
+        lengths_B: Int[Array, "B"] | None = None,
         cache: KVCache | None = None,
         from_empty: bool = False,
         implementation: str = "auto",
-    ) -> tuple[Array, KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The normalised hidden states x_BTD that `unembed` turns into logits, and the cache with the new tokens in it.
 
         `tokens_BT` int32, each row filled from the left. `lengths_B` counts the real tokens of each row, by default T;
@@ -194,7 +194,7 @@ class LLaMa(nnx.Module):
         cache = None if cache is None else kvcache.advance(cache, count_B)
         return rms_norm(x_BTD, self.norm_D[...], eps=c.rms_norm_eps), cache
 
-    def unembed(self, x_BTD: Array) -> Array:
+    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, float32 [B, T, V], of hidden states."""
         if self.unembed_DV is None:
             return contract("BTD,VD->BTV", x_BTD, self.embed_VD[...], dtype=jnp.float32)

@@ -2,7 +2,7 @@
 
 A pickle is a program. The unpickler here knows a handful of names, and gives for each of them a stand-in of its own
 that builds a description of a tensor; any other name is refused before anything is called. The descriptions are
-immutable and are checked against the archive afterwards, so the worst that a hostile file can do is to hold bad weights.
+immutable and are checked against the archive afterwards, so that a hostile file can do no worse than hold bad weights.
 
 Source of the format: https://github.com/pytorch/pytorch, torch/serialization.py and torch/_utils.py.
 """
@@ -66,9 +66,6 @@ class _StandIn:
         return self._function(*args)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError("a stand-in does not change")
-
-    def __setstate__(self, state: object) -> None:
         raise AttributeError("a stand-in does not change")
 
 

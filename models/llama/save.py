@@ -77,7 +77,7 @@ def save_pretrained(
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; a checkpoint is a folder")
-    copied = _tokenizer_files(tokenizer_from, path)
+    copied = _tokenizer_files(tokenizer_from)
     sources = _sources(model, None if dtype is None else jnp.dtype(dtype))
     config = config_to_hf(model.config) | _token_ids(tokenizer_from)
     config["torch_dtype"] = jnp.result_type(*(source.dtype for source in sources.values())).name
@@ -141,14 +141,11 @@ def _write_weights(path: Path, sources: Mapping[str, _Source], max_shard_bytes: 
     return names
 
 
-def _tokenizer_files(folder: str | Path | None, target: Path) -> list[Path]:
-    """The tokenizer files to be copied: none where they are in the target already."""
+def _tokenizer_files(folder: str | Path | None) -> list[Path]:
     if folder is None:
         return []
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder to take a tokenizer from")
-    if target.is_dir() and Path(folder).samefile(target):
-        return []
     return [Path(folder) / name for name in _TOKENIZER_FILES if (Path(folder) / name).is_file()]
 
 
