@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array
+from utils.shapes import Array, Bool, Float, Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,12 @@ PRESETS: dict[str, SamplingParams] = {
 }
 
 
-def scale_temperature(logits_BV: Array, temperature: float | Array) -> Array:
+def scale_temperature(logits_BV: Float[Array, "B V"], temperature: float | Array) -> Float[Array, "B V"]:
     """Divide by the temperature, which must be above 0."""
     return logits_BV / _column(temperature)
 
 
-def keep_top_k(logits_BV: Array, k: int | Array) -> Array:
+def keep_top_k(logits_BV: Float[Array, "B V"], k: int | Array) -> Float[Array, "B V"]:
     """Rule out all but the k largest logits of each row; ties with the k-th stay."""
     k = jnp.asarray(k)
     k = k[:, None] if k.ndim else k
@@ -70,7 +70,7 @@ def keep_top_k(logits_BV: Array, k: int | Array) -> Array:
     return jnp.where(_ordered_bits(logits_BV) < threshold_B1, -jnp.inf, logits_BV)
 
 
-def keep_top_p(logits_BV: Array, p: float | Array) -> Array:
+def keep_top_p(logits_BV: Float[Array, "B V"], p: float | Array) -> Float[Array, "B V"]:
     """Keep the smallest set of likeliest tokens that holds probability p or more: a token stays as long as those
     likelier than itself hold less than p. Ties stay or go together. Source: arXiv:1904.09751, sec. 3.1.
     """
@@ -82,24 +82,26 @@ def keep_top_p(logits_BV: Array, p: float | Array) -> Array:
     return jnp.where(_ordered_bits(probs_BV) < threshold_B1, -jnp.inf, logits_BV)
 
 
-def keep_min_p(logits_BV: Array, p: float | Array) -> Array:
+def keep_min_p(logits_BV: Float[Array, "B V"], p: float | Array) -> Float[Array, "B V"]:
     """Rule out tokens less likely than p times the likeliest. Source: arXiv:2407.01082."""
     threshold_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(_column(p))
     return jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
 
 
-def penalize_repetition(logits_BV: Array, seen_BV: Array, penalty: float | Array) -> Array:
+def penalize_repetition(
+    logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalty: float | Array
+) -> Float[Array, "B V"]:
     """Divide positive and multiply negative logits of tokens seen before by the penalty. Source: arXiv:1909.05858."""
     penalty = _column(penalty)
     return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
-def ban(logits_BV: Array, banned_BV: Array) -> Array:
+def ban(logits_BV: Float[Array, "B V"], banned_BV: Bool[Array, "*#BV"]) -> Float[Array, "B V"]:
     """Rule out the tokens where `banned_BV` (its B may be 1) is True."""
     return jnp.where(banned_BV, -jnp.inf, logits_BV)
 
 
-def draw(logits_BV: Array, keys_B: Array) -> Array:
+def draw(logits_BV: Float[Array, "B V"], keys_B: Array) -> Int[Array, "B"]:
     """One token for each row from softmax(logits), each row from its own PRNG key; int32 [B].
 
     Source: the Gumbel-max identity, arXiv:1611.01144, eq. 1.
@@ -107,7 +109,7 @@ def draw(logits_BV: Array, keys_B: Array) -> Array:
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-def log_probs(logits_BV: Array, tokens_B: Array) -> Array:
+def log_probs(logits_BV: Float[Array, "B V"], tokens_B: Int[Array, "B"]) -> Float[Array, "B"]:
     """Natural log of the probability of each row's token under softmax(logits), float32 [B]."""
     logits_BV = logits_BV.astype(jnp.float32)
     chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]

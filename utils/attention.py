@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from utils.ops import attend
-
-Array = jax.Array
+from utils.shapes import Array, Bool, Float
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 _LANES = 128  # Splash attention works on blocks of this many positions and heads of multiples of this size.
@@ -40,7 +39,7 @@ class Mask:
         """The same mask with that window."""
         return replace(self, window=window)
 
-    def draw(self, num_queries: int, num_keys: int) -> Array:
+    def draw(self, num_queries: int, num_keys: int) -> Bool[Array, "B T S"]:
         """allowed_BTS, bool; B is 1 where rows do not differ."""
         query_BT = jnp.arange(num_queries)[None, :]
         if self.offset_B is not None:
@@ -59,14 +58,14 @@ class Mask:
 
 
 def attention(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
     mask: Mask,
     *,
     scale: float | None = None,
     implementation: str = "auto",
-) -> Array:
+) -> Float[Array, "B T N H"]:
     """Grouped-query attention under `mask`; out_BTNH in the dtype of q. `scale` is by default 1 / sqrt(H).
 
     `implementation` "auto" takes the fastest of the default backend that can do all that is asked; a forced one that

@@ -6,10 +6,11 @@ import inspect
 import io
 import json
 import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -21,22 +22,25 @@ def run(command: Callable[..., None], argv: Sequence[str] | None = None) -> None
     """Call `command` with the flags of the command line, and exit.
 
     Its parameters must be keyword-only and annotated: str, int, float, bool, tuple[str, ...], or one of these | None. A
-    tuple flag may be repeated, or given once as a JSON list. `--help` prints the docstring through python-fire.
+    tuple flag may be repeated, or given once as a JSON list; a switch is --flag, --no-flag or --flag=false; a value
+    that begins with two dashes goes behind a =. `--help` prints the docstring through python-fire.
     ValueError and OSError from the command become one line and exit code 2, an interrupt exit code 130. With the
     environment variable ROPEWALK_DEBUG set, tracebacks are shown.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = os.path.basename(sys.argv[0])
     try:
-        if any(arg in ("--help", "-h", "help") for arg in argv):
+        flags = None if argv == ["help"] else _flags(argv, inspect.signature(command).parameters)
+        if flags is None:
             _print_help(command, name)
         else:
-            command(**_values(command, argv))
+            command(**_values(command, flags))
+        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(_say(name, "interrupted", 130))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         if os.environ.get("ROPEWALK_DEBUG"):
             raise
         sys.exit(_say(name, _one_line(error), 2))
@@ -59,109 +63,98 @@ def _print_help(command: Callable[..., None], name: str) -> None:
     page = io.StringIO()
     with contextlib.redirect_stderr(page), contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
         fire.Fire(command, command=["--help"], name=name)
-    print(page.getvalue().replace("INFO: Showing help with the command '", "").split("\n\n", 1)[-1].rstrip())
+    text = page.getvalue().split("\n\n", 1)[-1].rstrip()  # without the line on how to ask for this page
+    text = re.sub(r"^    -\w, (?=--)", "    ", text, flags=re.MULTILINE)  # flags have no short form here
+    print(re.sub(r"Type: Optional\[(\w+) \| None\]", r"Type: \1", text))
 
 
-def _values(command: Callable[..., None], argv: list[str]) -> dict[str, Any]:
-    """The parameters that the flags give, converted as annotated."""
+def _values(command: Callable[..., None], flags: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The parameters that the flags give, read by python-fire and converted as annotated."""
     import fire
 
     parameters = inspect.signature(command).parameters
-    argv, repeated = _take_repeated(argv, parameters)
-    _check_flags(argv, parameters)
-    caught: dict[str, str] = {}
+    # python-fire keeps the last of repeated flags alone, so those are held back.
+    given: dict[str, Any] = {key: texts for key, texts in flags.items() if _kind(parameters[key])[0] is tuple}
 
-    def keep(**flags: str) -> None:
-        caught.update(flags)
+    def keep(**values: str) -> None:
+        given.update((key, value) for key, value in values.items() if value is not None)
 
     keep.__signature__ = inspect.Signature(
         [p.replace(default=None, annotation=inspect.Parameter.empty) for p in parameters.values()]
     )
-    keep = fire.decorators.SetParseFn(str)(keep)
-    problems = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(problems), contextlib.redirect_stdout(io.StringIO()):
-            fire.Fire(keep, command=argv)
-    except SystemExit:
-        lines = [line for line in problems.getvalue().splitlines() if line.startswith("ERROR")]
-        raise UsageError(lines[0].removeprefix("ERROR: ") if lines else "the flags make no sense; see --help") from None
-    given = {key: value for key, value in caught.items() if value is not None} | repeated
-    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in given]
+    single = [f"--{key}={texts[-1]}" for key, texts in flags.items() if key not in given]
+    fire.Fire(fire.decorators.SetParseFn(str)(keep), command=single)
+    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in given]
     if missing:
         raise UsageError(f"--{missing[0]} is required; see --help")
-    return {key: _convert(key, value, parameters[key].annotation) for key, value in given.items()}
+    return {key: _convert(key, value, parameters[key]) for key, value in given.items()}
 
 
-def _flag_name(arg: str) -> str:
-    return arg[2:].split("=", 1)[0].replace("-", "_")
+def _flags(argv: Sequence[str], parameters: Mapping[str, inspect.Parameter]) -> dict[str, list[str]] | None:
+    """The texts given for each flag, or None where help is asked for. Raises UsageError for what is no known flag.
 
-
-def _take_repeated(argv: list[str], parameters: typing.Mapping) -> tuple[list[str], dict[str, list[str]]]:
-    """Take out the flags that may be repeated, since python-fire keeps the last of them alone."""
-    rest, repeated = [], {}
-    position = 0
-    while position < len(argv):
-        arg = argv[position]
-        name = _flag_name(arg) if arg.startswith("--") else ""
-        if name in parameters and _kind(parameters[name].annotation)[0] is tuple:
-            if "=" in arg:
-                value = arg.split("=", 1)[1]
-            else:
-                position += 1
-                if position == len(argv):
-                    raise UsageError(f"--{name} needs a value")
-                value = argv[position]
-            repeated.setdefault(name, []).append(value)
-        else:
-            rest.append(arg)
-        position += 1
-    return rest, repeated
-
-
-def _check_flags(argv: list[str], parameters: typing.Mapping) -> None:
-    """Refuse what python-fire would answer with a page: unknown flags and bare words; a lone flag must be a switch."""
-    position = 0
-    while position < len(argv):
-        arg = argv[position]
-        position += 1
-        if not arg.startswith("--") or arg == "--":
-            raise UsageError(f"unexpected argument {arg!r}: every value needs its flag; see --help")
-        name = _flag_name(arg)
-        is_switch = name in parameters and _kind(parameters[name].annotation)[0] is bool
-        if name.startswith("no") and _kind(getattr(parameters.get(name[2:]), "annotation", None))[0] is bool:
-            continue
+    python-fire alone would answer a mistake with a page, and read words such as - and -- as commands of its own.
+    """
+    flags: dict[str, list[str]] = {}
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if arg in ("--help", "-h"):
+            return None
+        if not _is_flag(arg):
+            raise UsageError(f"unexpected argument {arg!r}: every value needs its --flag; see --help")
+        name, equals, value = arg[2:].partition("=")
+        name = name.replace("-", "_")
+        switch_off = name.removeprefix("no").removeprefix("_")
+        if name not in parameters and not equals and name[:2] == "no" and _is_switch(parameters.get(switch_off)):
+            name, equals, value = switch_off, "=", "False"
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, n=1)
             raise UsageError(f"unknown flag --{name}" + (f": did you mean --{near[0]}?" if near else "; see --help"))
-        if "=" in arg:
-            continue
-        has_value = position < len(argv) and not _is_flag(argv[position], parameters)
-        if has_value and (not is_switch or argv[position].lower() in _BOOLEANS):
-            position += 1
-        elif not is_switch:
-            raise UsageError(f"--{name} needs a value")
+        if not equals:
+            value = _value_behind(name, rest, is_switch=_is_switch(parameters[name]))
+        if name in flags and _kind(parameters[name])[0] is not tuple:
+            raise UsageError(f"--{name} is given twice")
+        flags.setdefault(name, []).append(value)
+    return flags
 
 
-def _is_flag(arg: str, parameters: typing.Mapping) -> bool:
+def _value_behind(name: str, rest: list[str], *, is_switch: bool) -> str:
+    """Take the value of a flag from the arguments behind it; a switch may do without."""
+    if is_switch:
+        return rest.pop(0) if rest and rest[0].lower() in _BOOLEANS else "True"
+    if not rest:
+        raise UsageError(f"--{name} needs a value")
+    if _is_flag(rest[0]):
+        raise UsageError(f"--{name} needs a value; one that begins with two dashes goes as --{name}={rest[0]}")
+    return rest.pop(0)
+
+
+def _is_flag(arg: str) -> bool:
     return arg.startswith("--") and len(arg) > 2
 
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
-def _kind(annotation: Any) -> tuple[type | None, bool]:
-    """The plain type behind an annotation, and whether None is allowed too."""
+def _kind(parameter: inspect.Parameter) -> tuple[type, bool]:
+    """The plain type of a parameter, and whether it may be None too."""
+    annotation, optional = parameter.annotation, False
     if isinstance(annotation, types.UnionType):
-        options = [option for option in typing.get_args(annotation) if option is not type(None)]
-        return _kind(options[0])[0], True
-    return typing.get_origin(annotation) or annotation, False
+        annotation = next(option for option in typing.get_args(annotation) if option is not type(None))
+        optional = True
+    return typing.get_origin(annotation) or annotation, optional
 
 
-def _convert(name: str, value: str | list[str], annotation: Any) -> Any:
-    kind, optional = _kind(annotation)
+def _is_switch(parameter: inspect.Parameter | None) -> bool:
+    return parameter is not None and _kind(parameter)[0] is bool
+
+
+def _convert(name: str, value: str | list[str], parameter: inspect.Parameter) -> Any:
+    kind, optional = _kind(parameter)
     if kind is tuple:
         return tuple(item for text in value for item in _items(text))
-    if optional and value in ("None", "none"):
+    if optional and kind is not str and value in ("None", "none"):
         return None
     try:
         if kind is bool:

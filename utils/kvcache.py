@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from utils.shapes import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +37,9 @@ def create(
     )
 
 
-def write(cache: KVCache, layer: Array | int, k_BTKH: Array, v_BTKH: Array) -> KVCache:
+def write(
+    cache: KVCache, layer: Array | int, k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]
+) -> KVCache:
     """Put T new tokens of one layer behind each row's filled slots; `advance` then counts them, once for all layers.
 
     What would go beyond the capacity is dropped: whoever drives the cache compares lengths and capacity first.
@@ -53,19 +55,19 @@ def write(cache: KVCache, layer: Array | int, k_BTKH: Array, v_BTKH: Array) -> K
     return replace(cache, k_LBKSH=put(cache.k_LBKSH, k_BTKH), v_LBKSH=put(cache.v_LBKSH, v_BTKH))
 
 
-def read(cache: KVCache, layer: Array | int) -> tuple[Array, Array]:
+def read(cache: KVCache, layer: Array | int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """k_BSKH and v_BSKH of one layer, empty slots included: the mask must leave those out."""
     k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
     v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
     return k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
 
 
-def advance(cache: KVCache, count_B: Array | int) -> KVCache:
+def advance(cache: KVCache, count_B: Int[Array, "B"] | int) -> KVCache:
     """Count `count_B` more filled slots in each row, behind `write` in all layers."""
     return replace(cache, length_B=cache.length_B + count_B)
 
 
-def reset(cache: KVCache, *, rows_B: Array | None = None, length_B: Array | int = 0) -> KVCache:
+def reset(cache: KVCache, *, rows_B: Bool[Array, "B"] | None = None, length_B: Int[Array, "B"] | int = 0) -> KVCache:
     """Cut rows back to their first `length_B` tokens, by default to none, by default all rows.
 
     `rows_B` is bool, True for the rows to cut. A length beyond the present one is taken as the present one.

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from utils.shapes import Array, Bool, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -25,7 +25,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def contract(spec: str, x_BT: Array, weight: Array, *, dtype: jnp.dtype | None = None) -> Array:
+def contract(
+    spec: str, x_BT: Float[Array, "B T ..."], weight: Float[Array, "..."], *, dtype: jnp.dtype | None = None
+) -> Float[Array, "B T ..."]:
     """Einsum of activations that begin with the letters B and T with a weight; the result begins with B and T too.
 
     A single row (B = T = 1) is contracted as a vector: XLA's CPU backend streams the weight at memory speed for
@@ -38,7 +40,7 @@ def contract(spec: str, x_BT: Array, weight: Array, *, dtype: jnp.dtype | None =
     return jnp.einsum(spec, x_BT, weight, preferred_element_type=dtype)
 
 
-def rms_norm(x_BTD: Array, scale_D: Array, *, eps: float) -> Array:
+def rms_norm(x_BTD: Float[Array, "*BT D"], scale_D: Float[Array, "D"], *, eps: float) -> Float[Array, "*BT D"]:
     """Divide by the root mean square over the last axis, then multiply by `scale_D`.
 
     The statistics and the division are float32 whatever the dtype of x, in which the result comes back.
@@ -49,7 +51,9 @@ def rms_norm(x_BTD: Array, scale_D: Array, *, eps: float) -> Array:
     return (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype) * scale_D
 
 
-def rotate(x_BTNH: Array, cos_BTP: Array, sin_BTP: Array) -> Array:
+def rotate(
+    x_BTNH: Float[Array, "B T N H"], cos_BTP: Float[Array, "B T P"], sin_BTP: Float[Array, "B T P"]
+) -> Float[Array, "B T N H"]:
     """Apply rotary position embedding to queries or keys, in float32; the result has the dtype of x.
 
     Components i and i + H/2 are one pair (the layout of Hugging Face checkpoints; Meta's pair 2i with 2i + 1).
@@ -61,7 +65,14 @@ def rotate(x_BTNH: Array, cos_BTP: Array, sin_BTP: Array) -> Array:
     return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
 
 
-def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array, *, scale: float | None = None) -> Array:
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    allowed_BTS: Bool[Array, "#B T S"],
+    *,
+    scale: float | None = None,
+) -> Float[Array, "B T N H"]:
     """Grouped-query attention; scores and softmax in float32. Returns out_BTNH in the dtype of q.
 
     `allowed_BTS` is bool, True where query t may read key s; its B may be 1. A query that may read nothing gets
@@ -82,14 +93,14 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array, *, s
 
 
 def feed_forward(
-    x_BTD: Array,
-    up_DF: Array,
-    down_FD: Array,
+    x_BTD: Float[Array, "B T D"],
+    up_DF: Float[Array, "D F"],
+    down_FD: Float[Array, "F D"],
     *,
     activation: str,
-    gate_DF: Array | None = None,
-    biases: tuple[Array | None, Array | None, Array | None] = (None, None, None),
-) -> Array:
+    gate_DF: Float[Array, "D F"] | None = None,
+    biases: tuple[Float[Array, "F"] | None, Float[Array, "F"] | None, Float[Array, "D"] | None] = (None, None, None),
+) -> Float[Array, "B T D"]:
     """The position-wise feed-forward layer: gated, act(x gate) * (x up) down, or plain, act(x up) down.
 
     `activation` is a key of ACTIVATIONS. `biases` are those of gate (F), up (F) and down (D).

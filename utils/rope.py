@@ -7,11 +7,10 @@ dtype.
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array
+from utils.shapes import Array, Float, Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +68,13 @@ RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
 
 
 def rope_angles(
-    positions_BT: Array,
+    positions_BT: Int[Array, "B T"],
     head_dim: int,
     *,
     base: float,
     scaling: RopeScaling | None = None,
-    length_B: Array | None = None,
-) -> tuple[Array, Array]:
+    length_B: Int[Array, "B"] | None = None,
+) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
     """Cosines and sines, each float32 [B, T, P], of the rotary angles at integer positions.
 
     `length_B` is the number of tokens in each row's whole text so far, which DynamicScaling alone looks at; by
