@@ -116,7 +116,7 @@ def _talk(session, *, switchable: bool) -> None:
         elif command == "stats":
             print(_stats(session), file=sys.stderr)
         elif line.startswith("/"):
-            print(f"no such command: {line.split()[0]}; /help lists them", file=sys.stderr)
+            print(f"no such command: {line.strip()}; /help lists them", file=sys.stderr)
         else:
             _answer(session, line, switchable)
 
@@ -126,7 +126,7 @@ def _read_line(terminal: bool) -> str | None:
     try:
         if terminal:
             return input("> ")
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline().decode()
         return line.rstrip("\r\n") if line else None
     except EOFError:
         return None
@@ -137,6 +137,9 @@ def _read_line(terminal: bool) -> str | None:
 def _answer(session, line: str, switchable: bool) -> None:
     think = line.lower().startswith("think:")
     question = line[len("think:") :].strip() if think else line
+    if not question:
+        print("think: goes in front of a question", file=sys.stderr)
+        return
     begin_with = "<think>\n" if think and not switchable else ""
     screen = _Screen(dim=sys.stdout.isatty())
     try:
@@ -150,14 +153,17 @@ def _answer(session, line: str, switchable: bool) -> None:
     except ValueError as error:
         print(f"chat.py: {error}", file=sys.stderr)
         return
-    finally:
+    except KeyboardInterrupt:
         screen.end()
+        raise
+    screen.end()
     if interrupted():
         print("(stopped)", file=sys.stderr)
     elif session.stats.finish_reason == "length":
         print("(the answer reached its limit of tokens)", file=sys.stderr)
     if session.stats is not None and session.stats.dropped_turns:
-        print(f"(the context is full: the oldest {session.stats.dropped_turns} turns were dropped)", file=sys.stderr)
+        turns = "turn was" if session.stats.dropped_turns == 1 else f"{session.stats.dropped_turns} turns were"
+        print(f"(the context is full: the oldest {turns} dropped)", file=sys.stderr)
 
 
 @contextmanager

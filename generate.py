@@ -76,18 +76,20 @@ def generate(
     """
     if prompt is not None and prompts_file is not None:
         raise UsageError("give --prompt or --prompts_file, not both")
-    if stream and (output or n > 1):
+    if stream and (output is not None or n > 1):
         raise UsageError("--stream prints one completion of each prompt: it goes with neither --output nor --n")
-    if logprobs and not output:
+    if logprobs and output is None:
         raise UsageError("--logprobs are written to --output: give it a file")
     if system is not None and not chat:
         raise UsageError("--system goes with --chat")
     for flag, value in {"batch_size": batch_size, "n": n, "max_new_tokens": max_new_tokens}.items():
         if value < 1:
             raise UsageError(f"--{flag} must be at least 1, not {value}")
-    rows = _read_prompts(prompt, prompts_file)
-    if output and not Path(output).absolute().parent.is_dir():
+    if output is not None and not Path(output).absolute().parent.is_dir():
         raise UsageError(f"--output {output}: its folder does not exist")
+    if output is not None and (not output or Path(output).is_dir()):
+        raise UsageError(f"--output must name a file, not {output!r}")
+    rows = _read_prompts(prompt, prompts_file)
 
     from inference import setup, text
     from inference.completion import Request
@@ -116,6 +118,8 @@ def generate(
         newlines=newlines,
     )
     stop = tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in stop)
+    if any(_is_chat(row, chat) for row in rows):
+        stop = _with_own_stops(stop, tokenizer)
     started = time.perf_counter()
     if stream:
         tokens = _stream(model, tokenizer, rows, prompt_ids, request, stop, echo)
@@ -131,6 +135,8 @@ def _read_prompts(prompt: str | None, prompts_file: str | None) -> list[dict[str
     if prompt is not None:
         if not prompt:
             raise UsageError("the prompt is empty: give --prompt some text to continue")
+        if not _is_unicode(prompt):
+            raise UsageError("the prompt is not UTF-8 text")
         return [{"prompt": prompt, "where": "the prompt"}]
     if prompts_file in (None, "-"):
         if prompts_file is None and sys.stdin.isatty():
@@ -157,13 +163,22 @@ def _read_json_row(line: str, where: str) -> dict[str, Any]:
         raise UsageError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise UsageError(f'{where}: a row must be an object with either "prompt" or "messages"')
+    if not _is_unicode(json.dumps(row, ensure_ascii=False)):
+        raise UsageError(f"{where}: half of a surrogate pair is no text")
     if "prompt" in row and not (isinstance(row["prompt"], str) and row["prompt"]):
         raise UsageError(f"{where}: the prompt must be a text that is not empty")
+    if "messages" in row and not (isinstance(row["messages"], list) and row["messages"]):
+        raise UsageError(f"{where}: the messages must be a list that is not empty")
     return {key: row[key] for key in ("prompt", "messages", "tools") if key in row} | {"where": where}
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold the text. Undecodable bytes of a command line and escapes of JSON may be beyond it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _encode(row: dict[str, Any], tokenizer, chat: bool, system: str | None) -> list[int]:
-    if not chat and "messages" not in row:
+    if not _is_chat(row, chat):
         return tokenizer.encode(row["prompt"], add_bos=tokenizer.adds_bos)
     from data.chat import choose_template, encode_chat
 
@@ -180,6 +195,17 @@ def _encode(row: dict[str, Any], tokenizer, chat: bool, system: str | None) -> l
         )
     except ValueError as error:
         raise UsageError(f"{row['where']}: {error}") from None
+
+
+def _is_chat(row: dict[str, Any], chat: bool) -> bool:
+    return chat or "messages" in row
+
+
+def _with_own_stops(stop: tuple[str, ...], tokenizer) -> tuple[str, ...]:
+    """The stop strings with those of a chat format whose turns are plain text."""
+    from data.chat import CHAT_TEMPLATES, choose_template
+
+    return (*stop, "\nQuestion:") if choose_template(tokenizer) == CHAT_TEMPLATES["qa"] else stop
 
 
 def _check_room(row: dict[str, Any], ids: list[int], context: int) -> None:
@@ -233,7 +259,7 @@ def _echoed(row: dict[str, Any]) -> str:
 
 def _with_bar(results: Iterator, total: int) -> Iterator:
     """The results behind a progress bar on standard error, where there is more than one and a terminal to draw on."""
-    if total < 2:
+    if total < 2 or not sys.stderr.isatty():
         yield from results
         return
     from rich.console import Console

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utils.shapes import Array, Bool, Float, Int
+from utils.shapes import Array, Bool, Float, Int, Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,12 @@ PRESETS: dict[str, SamplingParams] = {
 }
 
 
-def scale_temperature(logits_BV: Float[Array, "B V"], temperature: float | Array) -> Float[Array, "B V"]:
+def scale_temperature(logits_BV: Float[Array, "B V"], temperature: Number) -> Float[Array, "B V"]:
     """Divide by the temperature, which must be above 0."""
     return logits_BV / _column(temperature)
 
 
-def keep_top_k(logits_BV: Float[Array, "B V"], k: int | Array) -> Float[Array, "B V"]:
+def keep_top_k(logits_BV: Float[Array, "B V"], k: Number) -> Float[Array, "B V"]:
     """Rule out all but the k largest logits of each row; ties with the k-th stay."""
     k = jnp.asarray(k)
     k = k[:, None] if k.ndim else k
@@ -70,26 +70,26 @@ def keep_top_k(logits_BV: Float[Array, "B V"], k: int | Array) -> Float[Array, "
     return jnp.where(_ordered_bits(logits_BV) < threshold_B1, -jnp.inf, logits_BV)
 
 
-def keep_top_p(logits_BV: Float[Array, "B V"], p: float | Array) -> Float[Array, "B V"]:
+def keep_top_p(logits_BV: Float[Array, "B V"], p: Number) -> Float[Array, "B V"]:
     """Keep the smallest set of likeliest tokens that holds probability p or more: a token stays as long as those
     likelier than itself hold less than p. Ties stay or go together. Source: arXiv:1904.09751, sec. 3.1.
     """
     probs_BV = jax.nn.softmax(logits_BV, axis=-1)
     p = _column(p)
     threshold_B1 = _lowest_kept(
-        probs_BV, lambda above_BV: jnp.sum(jnp.where(above_BV, probs_BV, 0), axis=-1, keepdims=True) < p
+        probs_BV, lambda above_BV: (jnp.sum(jnp.where(above_BV, probs_BV, 0), axis=-1, keepdims=True) < p) | (p >= 1)
     )
     return jnp.where(_ordered_bits(probs_BV) < threshold_B1, -jnp.inf, logits_BV)
 
 
-def keep_min_p(logits_BV: Float[Array, "B V"], p: float | Array) -> Float[Array, "B V"]:
+def keep_min_p(logits_BV: Float[Array, "B V"], p: Number) -> Float[Array, "B V"]:
     """Rule out tokens less likely than p times the likeliest. Source: arXiv:2407.01082."""
     threshold_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(_column(p))
     return jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
 
 
 def penalize_repetition(
-    logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalty: float | Array
+    logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "#B V"], penalty: Number
 ) -> Float[Array, "B V"]:
     """Divide positive and multiply negative logits of tokens seen before by the penalty. Source: arXiv:1909.05858."""
     penalty = _column(penalty)
@@ -140,7 +140,7 @@ def _lowest_kept(values_BV: Array, few_above: Callable[[Array], Array]) -> Array
     return jax.lax.fori_loop(0, 32, halve, bounds)[1]
 
 
-def _column(value: float | Array) -> Array:
+def _column(value: Number) -> Array:
     """A number, or one for each row, as something that broadcasts against [B, V]."""
     value = jnp.asarray(value, jnp.float32)
     return value[:, None] if value.ndim else value
@@ -151,7 +151,7 @@ def _column(value: float | Array) -> Array:
 class NewlineTable:
     """What each token's text holds of newlines, int32 [V]: how many it begins and ends with, and its longest run.
 
-    A token of nothing but newlines has all three equal and `only_V` True.
+    `only_V` is True for a token of nothing but newlines, or of nothing at all.
     """
 
     leading_V: Array
@@ -165,7 +165,7 @@ class NewlineTable:
         leading = [len(b) - len(b.lstrip(b"\n")) for b in token_bytes]
         trailing = [len(b) - len(b.rstrip(b"\n")) for b in token_bytes]
         longest = [max(map(len, re.findall(rb"\n+", b)), default=0) for b in token_bytes]
-        only = [bool(b) and n == len(b) for b, n in zip(token_bytes, leading)]
+        only = [n == len(b) for b, n in zip(token_bytes, leading)]
         return NewlineTable(
             leading_V=jnp.array(leading, jnp.int32),
             trailing_V=jnp.array(trailing, jnp.int32),
@@ -173,7 +173,7 @@ class NewlineTable:
             only_V=jnp.array(only, bool),
         )
 
-    def too_many(self, run_B: Array, cap: int | Array) -> Array:
+    def too_many(self, run_B: Array, cap: Number) -> Array:
         """bool [B, V]: True where a token behind `run_B` newlines would make a run longer than `cap`."""
         return (run_B[:, None] + self.leading_V > cap) & (self.leading_V > 0) | (self.longest_V > cap)
 

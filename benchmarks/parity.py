@@ -1,6 +1,6 @@
-"""Logits beside `transformers` in float32, on tiny random networks of every family: the table of the README.
+"""Logits beside `transformers` in float32, on tiny random networks of every family.
 
-    python -m benchmarks.parity
+python -m benchmarks.parity prints the table of the README.
 """
 
 import tempfile

@@ -3,8 +3,8 @@
     python -m benchmarks.startup --peer hf
 
 Writes a random checkpoint with a byte-level tokenizer to a temporary folder, starts `generate.py --stream` on it a few
-times in turn with the same in `transformers`, and prints the medians. The compilation cache is warm after the run that is
-not counted.
+times in turn with the same in `transformers`, and prints the medians. The compilation cache is warm after the first
+run, which is not counted.
 """
 
 import os

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from inference.completion import Request, begin_rows, pieces, sample_keys
-from inference.decode import bucket, new_cache, prefill
+from inference.completion import Request, begin_rows, buffer_size, cache_size, pieces, sample_keys
+from inference.decode import new_cache, prefill
 from inference.text import StopStrings
 from models.llama import LLaMa
 from models.llama.tokenizer import Tokenizer
@@ -55,6 +55,7 @@ class ChatSession:
     ):
         self.model, self.tokenizer, self.encode, self.request = model, tokenizer, encode, request
         self.opening, self.stop = list(opening), tuple(stop)
+        StopStrings(self.stop)  # raises where one is empty
         self.turns = 0
         self.stats: TurnStats | None = None
         self.clear()
@@ -62,9 +63,12 @@ class ChatSession:
     def clear(self) -> None:
         """Forget all but the opening messages."""
         self.messages: list[Message] = list(self.opening)
-        self._ids: list[int] = []  # of the conversation so far; the cache holds a beginning of them
-        self._prompt_length = 0  # of the last prompt, behind which the last answer begins
         self._cache: KVCache | None = None
+        self._ids: list[int] = []  # a beginning of them is in the cache
+        # How `encode` wrote the last prompt, what was run for it, with answers as they were drawn, and its answer.
+        self._plain: list[int] = []
+        self._asked: list[int] = []
+        self._said: list[int] = []
 
     def ask(self, question: str, *, begin_with: str = "", **variables: Any) -> Generator[str, None, TurnStats]:
         """Stream the answer to a question; closing the generator stops it and keeps what was said.
@@ -73,33 +77,33 @@ class ChatSession:
         Raises ValueError, with the conversation unchanged, where the question does not fit the context by itself.
         """
         started = time.perf_counter()
-        kept, dropped, ids = self._fit([*self.messages, {"role": "user", "content": question}], variables)
-        if begin_with:
-            ids = ids + self.tokenizer.encode(begin_with)
+        begin_ids = self.tokenizer.encode(begin_with)
+        asked = [*self.messages, {"role": "user", "content": question}]
+        kept, dropped, plain, ids = self._fit(asked, variables, begin_ids)
         last_BD, prefilled = self._prefill(ids)
-        self.messages, self._prompt_length = kept, len(ids)
-        self.turns += 1
-        room = self.model.config.max_position_embeddings - len(ids)
-        limit = min(self.request.max_new_tokens, room)
+        context = self.model.config.max_position_embeddings
         state, rules, stop_E = begin_rows(
             self.model,
             self._cache,
             last_BD,
             [ids],
             self.request,
-            keys_B=sample_keys(self.request.seed, [self.turns], 1),
-            limit_B=np.array([limit], np.int32),
-            buffer=-(-self.request.max_new_tokens // 32) * 32,
+            keys_B=sample_keys(self.request.seed, [self.turns + 1], 1),
+            limit_B=np.array([min(self.request.max_new_tokens, context - len(ids))], np.int32),
+            buffer=buffer_size(self.model, self.request),
         )
+        self.messages, self._cache = kept, state.cache
+        self._plain, self._asked, self._said = plain, ids[: len(ids) - len(begin_ids)], begin_ids
+        self.turns += 1
         watch, decoder = StopStrings(self.stop), self.tokenizer.decoder(skip_special=True, continuation=True)
         said, answer = [begin_with], []
         first = time.perf_counter() - started
-        if begin_with:
-            yield begin_with
         try:
+            if begin_with:
+                yield begin_with
             for new, reached in pieces(self.model, state, rules, stop_E):
-                self._cache, self._ids = reached.cache, ids + answer + new
                 answer += new
+                self._cache, self._ids, self._said = reached.cache, ids + answer, begin_ids + answer
                 shown = "".join(watch.push("" if t in self.request.stop_ids else decoder.push(t)) for t in new)
                 said.append(shown)
                 if shown:
@@ -123,53 +127,54 @@ class ChatSession:
             )
         return self.stats
 
-    def _fit(self, messages: list[Message], variables: Mapping) -> tuple[list[Message], int, list[int]]:
-        """The messages that leave room for an answer, how many turns had to go for it, and their ids."""
+    def _fit(
+        self, messages: list[Message], variables: Mapping, begin_ids: list[int]
+    ) -> tuple[list[Message], int, list[int], list[int]]:
+        """The messages that leave room for an answer, how many turns had to go for it, their ids as `encode` has them,
+        and their ids as they are to be run, with `begin_ids` behind them.
+        """
         context = self.model.config.max_position_embeddings
         reserve = min(self.request.max_new_tokens, context // 4)
         dropped, first = 0, len(self.opening)
         while True:
-            ids = self._continue(messages, variables) if not dropped else self.encode(messages, **variables)
+            plain = self.encode(messages, **variables)
+            ids = (plain if dropped else self._as_drawn(plain)) + begin_ids
             if len(ids) + reserve <= context:
-                return messages, dropped, ids
+                return messages, dropped, plain, ids
             questions = [i for i in range(first, len(messages)) if messages[i]["role"] == "user"]
             if len(questions) < 2:
                 if len(ids) < context:
-                    return messages, dropped, ids
+                    return messages, dropped, plain, ids
                 raise ValueError(f"{len(ids)} tokens do not fit the context of {context}: say it shorter")
             messages, dropped = messages[:first] + messages[questions[1] :], dropped + 1
 
-    def _continue(self, messages: list[Message], variables: Mapping) -> list[int]:
-        """The ids of the conversation, with the last answer in the tokens it was drawn in rather than in those that
-        its text encodes to, wherever the template writes that answer out unchanged.
+    def _as_drawn(self, plain: list[int]) -> list[int]:
+        """The ids of a conversation, with its answers in the tokens they were drawn in rather than in those that their
+        text encodes to, wherever the template writes them out unchanged.
         """
-        ids = self.encode(messages, **variables)
-        answer_at, said = self._prompt_length, self._ids[self._prompt_length :]
-        if not said or ids[:answer_at] != self._ids[:answer_at]:
-            return ids
-        stops = self.request.stop_ids
-        end = next((i for i in range(answer_at, len(ids)) if ids[i] in stops), None)
-        if end is None:
-            return ids
-        drawn = said[:-1] if said[-1] in stops else said
-        if self.tokenizer.decode(drawn) != self.tokenizer.decode(ids[answer_at:end]):
-            return ids
-        return self._ids[:answer_at] + drawn + ids[end:]
+        before, stops = len(self._plain), self.request.stop_ids
+        if not self._plain or plain[:before] != self._plain:
+            return plain
+        end = next((i for i in range(before, len(plain)) if plain[i] in stops), before)
+        said = self._said[:-1] if self._said and self._said[-1] in stops else self._said
+        unchanged = self.tokenizer.decode(said) == self.tokenizer.decode(plain[before:end])
+        return self._asked + (said + plain[end:] if unchanged else plain[before:])
 
     def _prefill(self, ids: list[int]):
         """Bring the cache to hold all of the ids; returns the last hidden state and how many tokens were run."""
+        if self._cache is not None and self._cache.k_LBKSH.is_deleted():  # donated to a step that was interrupted
+            self._cache = None
         held = 0 if self._cache is None else int(self._cache.length_B[0])
         limit = min(held, len(ids) - 1)
         same = next((i for i in range(limit) if ids[i] != self._ids[i]), limit)
-        capacity = -(-(bucket(len(ids)) + self.request.max_new_tokens) // 64) * 64
-        capacity = max(len(ids), min(capacity, self.model.config.max_position_embeddings))
+        capacity = cache_size(self.model, len(ids), self.request)
         if self._cache is None:
             cache = new_cache(self.model, 1, capacity)
         else:
             cache = kvcache.reset(self._cache, length_B=same)
             if cache.capacity < capacity:
                 cache = kvcache.resize(cache, capacity)
-        self._cache = None  # donated below; if this is interrupted, the next turn begins with an empty one
+        self._cache = None  # donated below, or, where it was copied, no longer needed
         last_BD, self._cache = prefill(self.model, cache, [ids[same:]], from_empty=same == 0)
         self._ids = list(ids)
         return last_BD, len(ids) - same

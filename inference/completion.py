@@ -61,13 +61,13 @@ def generate(
     request: Request,
     *,
     batch_size: int = 16,
-    ends: Callable[[list[int]], int | None] | None = None,
+    ends: Callable[[int, list[int]], int | None] | None = None,
 ) -> Iterator[list[Completion]]:
     """`num_samples` completions of each prompt, one list after another in the order of the prompts.
 
-    `batch_size` samples are run at a time. A completion never outgrows the model's context. `ends(token_ids)` may end a
-    completion for a reason that ids do not show, such as a stop string: it gets all ids so far every few steps and
-    returns how many of them to keep, or None to go on.
+    `batch_size` samples are run at a time. A completion never outgrows the model's context. `ends(number, token_ids)`
+    may end a completion of the prompt of that number for a reason that ids do not show, such as a stop string: it gets
+    all ids so far every few steps and returns how many of them to keep, or None to go on.
     Raises ValueError for an empty prompt or one that fills the context, before anything is run.
     """
     check_prompts(model, prompts)
@@ -83,20 +83,23 @@ def _batches(model, prompts, request, batch_size, ends) -> Iterator[list[Complet
         indices = [*range(first, first + len(batch)), *[None] * (rows - len(batch))]
         state, rules, stop_E = start(model, batch, request, indices=indices)
         if ends is None:
-            completions = collect(decode(model, state, rules, stop_E, request.max_new_tokens), request)
+            completions = collect(decode(model, state, rules, stop_E, buffer_size(model, request)), request)
         else:
-            completions = _decode_watched(model, state, rules, stop_E, request, ends)
+            numbers = [first + row // G for row in range(rows * G)]
+            completions = _decode_watched(model, state, rules, stop_E, request, ends, numbers)
         for n in range(len(batch)):
             yield completions[n * G : (n + 1) * G]
 
 
-def _decode_watched(model, state, rules, stop_E, request, ends) -> list[Completion]:
+def _decode_watched(model, state, rules, stop_E, request, ends, numbers) -> list[Completion]:
     """Decode a few steps at a time, ending the rows that `ends` says have ended."""
     kept: dict[int, int] = {}
     while True:
         done_B, completions = np.array(state.done_B), collect(state, request)
         for row, completion in enumerate(completions):
-            if row not in kept and (keep := ends(completion.token_ids)) is not None:
+            if row in kept or not completion.token_ids:
+                continue
+            if (keep := ends(numbers[row], completion.token_ids)) is not None:
                 kept[row], done_B[row] = keep, True
         if done_B.all():
             return [_cut(c, kept[row]) if row in kept else c for row, c in enumerate(completions)]
@@ -157,10 +160,7 @@ def start(
     `indices` number the rows for their seeds; more indices than prompts, all None, ask for idle rows that fill a batch.
     """
     prompts = [list(prompt) for prompt in prompts] + [[0]] * (len(indices) - len(prompts))
-    longest = max(len(prompt) for prompt in prompts)
-    new_tokens = -(-request.max_new_tokens // 32) * 32
-    capacity = min(-(-(bucket(longest) + new_tokens) // 64) * 64, model.config.max_position_embeddings)
-    cache = new_cache(model, len(prompts), max(capacity, longest))
+    cache = new_cache(model, len(prompts), cache_size(model, max(map(len, prompts)), request))
     last_BD, cache = prefill(model, cache, prompts, from_empty=True)
     G = request.num_samples
     if G > 1:
@@ -175,8 +175,19 @@ def start(
         request,
         keys_B=sample_keys(request.seed, [-1 if i is None else i for i in indices], G),
         limit_B=np.repeat(np.array(limits, np.int32), G),
-        buffer=new_tokens,
+        buffer=buffer_size(model, request),
     )
+
+
+def buffer_size(model: LLaMa, request: Request) -> int:
+    """Slots for new tokens, in steps so that most requests share a compiled program; no more than the context holds."""
+    return -(-min(request.max_new_tokens, model.config.max_position_embeddings) // 32) * 32
+
+
+def cache_size(model: LLaMa, prompt_length: int, request: Request) -> int:
+    """Slots of a cache for prompts of up to that length and their completions, in steps likewise."""
+    wanted = -(-(bucket(prompt_length) + buffer_size(model, request)) // 64) * 64
+    return max(prompt_length, min(wanted, model.config.max_position_embeddings))
 
 
 def begin_rows(

@@ -16,8 +16,7 @@ from models.llama import LLaMa
 from sampling import SamplingRules
 from utils import kvcache
 from utils.kvcache import KVCache
-
-Array = jax.Array
+from utils.shapes import Array, DTypeLike, Float
 
 PREFILL_CHUNK = 512  # Longest piece of a prompt that is run at once: bounds the scores at [B, N, 512, S].
 _SMALLEST_BUCKET = 16
@@ -51,7 +50,7 @@ def bucket(length: int) -> int:
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-def new_cache(model: LLaMa, batch_size: int, capacity: int, *, dtype: jnp.dtype | None = None) -> KVCache:
+def new_cache(model: LLaMa, batch_size: int, capacity: int, *, dtype: DTypeLike | None = None) -> KVCache:
     """An empty cache for the model, by default in the dtype of its parameters."""
     c = model.config
     dtype = model.norm_D.dtype if dtype is None else dtype
@@ -60,7 +59,7 @@ def new_cache(model: LLaMa, batch_size: int, capacity: int, *, dtype: jnp.dtype 
 
 def prefill(
     model: LLaMa, cache: KVCache, prompts: list[list[int]], *, from_empty: bool, chunk: int = PREFILL_CHUNK
-) -> tuple[Array, KVCache]:
+) -> tuple[Float[Array, "B D"], KVCache]:
     """Put one prompt behind each row of the cache, in pieces of at most `chunk` tokens padded to a few sizes.
 
     Prompts may differ in length, none may be empty. Returns the hidden state of each row's last token, [B, D], and the

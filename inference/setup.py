@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from models.llama import LLaMa, check_vocabulary, load_pretrained, load_tokenizer
+from models.llama import LLaMa, check_vocabulary, load_config, load_pretrained, load_tokenizer
 from models.llama.tokenizer import Tokenizer
 from sampling import PRESETS, SamplingParams
 
@@ -35,6 +35,7 @@ def load(ckpt_dir: str, tokenizer_path: str | None, *, dtype: str, device: str) 
     try:
         tokenizer = load_tokenizer(tokenizer_path or (path if path.is_dir() else path.parent))
     except FileNotFoundError as error:
+        load_config(path)  # where there is no checkpoint either, say that instead
         raise FileNotFoundError(f"{error}; name one with --tokenizer_path") from None
     on_cpu = jax.default_backend() == "cpu"
     model = load_pretrained(path, dtype=("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype)
@@ -82,7 +83,7 @@ def with_banned(params: SamplingParams, banned: Sequence[str], tokenizer: Tokeni
             continue
         ids = [int(text)] if text.isdecimal() else tokenizer.encode(text)
         with contextlib.suppress(ValueError):
-            ids = [ids[0]] if len(ids) == 1 else _without_dummy_prefix(ids, text, tokenizer)
+            ids = ids if len(ids) < 2 else _without_dummy_prefix(ids, text, tokenizer)
         if len(ids) != 1:
             raise ValueError(f"--banned_tokens {text!r} is {len(ids)} tokens, {ids}: give the ids to ban one by one")
         if not ids[0] < vocab_size:

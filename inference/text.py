@@ -1,7 +1,7 @@
 """Completions as text: stop strings, incremental decoding, newline tables."""
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from inference import completion
@@ -64,12 +64,13 @@ def complete(
     Its token ids then end with the token that completed the stop string.
     """
     StopStrings(stop)
-    ends = _stop_finder(tokenizer, stop) if stop else None
+    ends = _stop_finder(tokenizer, prompts, stop, request.stop_ids) if stop else None
     results = completion.generate(model, prompts, request, batch_size=batch_size, ends=ends)
 
     def texts() -> Iterator[list[TextCompletion]]:
         for prompt, samples in zip(prompts, results):
-            yield [TextCompletion(text=text_of(tokenizer, prompt, c, stop), completion=c) for c in samples]
+            shown = [text_of(tokenizer, prompt, c, stop, stop_ids=request.stop_ids) for c in samples]
+            yield [TextCompletion(text=text, completion=c) for text, c in zip(shown, samples)]
 
     return texts()
 
@@ -105,10 +106,18 @@ def stream(
     return TextCompletion(text="".join(shown), completion=done)
 
 
-def text_of(tokenizer: Tokenizer, prompt: Sequence[int], done: Completion, stop: Sequence[str] = ()) -> str:
+def text_of(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    done: Completion,
+    stop: Sequence[str] = (),
+    *,
+    stop_ids: Collection[int] = (),
+) -> str:
     """The text of a completion behind its prompt."""
     watch = StopStrings(stop)
-    text = watch.push(tokenizer.decode(done.token_ids, skip_special=True, continuation=_has_text(tokenizer, prompt)))
+    ids = [token for token in done.token_ids if token not in stop_ids]  # which need not be special tokens
+    text = watch.push(tokenizer.decode(ids, skip_special=True, continuation=_has_text(tokenizer, prompt)))
     return text if watch.found else text + watch.flush()
 
 
@@ -118,13 +127,16 @@ def newline_table(tokenizer: Tokenizer, vocab_size: int) -> NewlineTable:
     return NewlineTable.of(known + [b""] * (vocab_size - len(known)))
 
 
-def _stop_finder(tokenizer: Tokenizer, stop: Sequence[str]) -> Callable[[list[int]], int | None]:
-    """Tells after how many tokens the text of a completion holds a stop string, or None."""
+def _stop_finder(
+    tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stop: Sequence[str], stop_ids: Collection[int]
+) -> Callable[[int, list[int]], int | None]:
+    """Tells after how many tokens the text of a completion of a prompt holds a stop string, or None."""
 
-    def tokens_to_keep(ids: list[int]) -> int | None:
-        watch, decoder = StopStrings(stop), tokenizer.decoder(skip_special=True, continuation=True)
+    def tokens_to_keep(number: int, ids: list[int]) -> int | None:
+        continuation = _has_text(tokenizer, prompts[number])
+        watch, decoder = StopStrings(stop), tokenizer.decoder(skip_special=True, continuation=continuation)
         for count, token in enumerate(ids, 1):
-            watch.push(decoder.push(token))
+            watch.push("" if token in stop_ids else decoder.push(token))
             if watch.found:
                 return count
         return None

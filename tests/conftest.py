@@ -1,5 +1,7 @@
 """What all tests share: the CPU backend, a cache of compiled programs, and where the test assets are."""
 
+import importlib
+import inspect
 import os
 from pathlib import Path
 
@@ -29,3 +31,23 @@ def assets_dir(repo_root: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test assets in {folder}; set ASSETS_DIR")
     return folder
+
+
+def _check_shapes_at_every_call() -> None:
+    """Hold the arguments and results of public array functions against their jaxtyping annotations.
+
+    In the order of imports, so that a module imports its neighbours' functions checked.
+    """
+    try:
+        from beartype import beartype
+        from jaxtyping import jaxtyped
+    except ImportError:
+        return
+    for name in ("utils.ops", "utils.rope", "utils.kvcache", "utils.attention", "sampling"):
+        module = importlib.import_module(name)
+        for key, value in list(vars(module).items()):
+            if inspect.isfunction(value) and value.__module__ == name and not key.startswith("_"):
+                setattr(module, key, jaxtyped(value, typechecker=beartype))
+
+
+_check_shapes_at_every_call()

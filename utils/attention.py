@@ -5,13 +5,14 @@ Letters as in `utils.ops`.
 """
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 
 from utils.ops import attend
-from utils.shapes import Array, Bool, Float
+from utils.shapes import Array, Bool, Float, Number
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 _LANES = 128  # Splash attention works on blocks of this many positions and heads of multiples of this size.
@@ -63,7 +64,7 @@ def attention(
     v_BSKH: Float[Array, "B S K H"],
     mask: Mask,
     *,
-    scale: float | None = None,
+    scale: Number | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention under `mask`; out_BTNH in the dtype of q. `scale` is by default 1 / sqrt(H).
@@ -82,18 +83,37 @@ def attention(
     return attend(q_BTNH, k_BSKH, v_BSKH, mask.draw(q_BTNH.shape[1], k_BSKH.shape[1]), scale=scale)
 
 
-def choose(q_BTNH: Array, k_BSKH: Array, mask: Mask, *, platform: str | None = None) -> str:
-    """The implementation that "auto" stands for: by platform (by default that of the default backend), dtype and mask.
+def choose(
+    q_BTNH: Array | jax.ShapeDtypeStruct,
+    k_BSKH: Array | jax.ShapeDtypeStruct,
+    mask: Mask,
+    *,
+    platform: str | None = None,
+) -> str:
+    """The implementation that "auto" stands for: by platform, dtype and mask.
+
+    `platform` is by default that of the default backend: cpu, tpu, cuda (NVIDIA from Ampere on), or gpu (any other).
+    Splash attention is left to programs for a single TPU: it cannot be partitioned automatically.
 
     A fused kernel is worth its launch from two queries up; a single one is bound by reading the cache.
     """
-    platform = jax.default_backend() if platform is None else platform
+    platform = _platform() if platform is None else platform
     if q_BTNH.shape[1] > 1:
-        if platform in ("gpu", "cuda") and not _cudnn_limits(q_BTNH, k_BSKH, mask):
+        if platform == "cuda" and not _cudnn_limits(q_BTNH, k_BSKH, mask):
             return "cudnn"
-        if platform == "tpu" and not _splash_limits(q_BTNH, k_BSKH, mask):
+        if platform == "tpu" and jax.device_count() == 1 and not _splash_limits(q_BTNH, k_BSKH, mask):
             return "splash"
     return "xla"
+
+
+def _platform() -> str:
+    """The default backend, "cuda" where it is one that cuDNN's flash attention runs on."""
+    backend = jax.default_backend()
+    if backend == "gpu":
+        capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+        if re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8:
+            return "cuda"
+    return backend
 
 
 def _cudnn_limits(q_BTNH: Array, k_BSKH: Array, mask: Mask) -> str | None:

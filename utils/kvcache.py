@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from utils.shapes import Array, Bool, Float, Int
+from utils.shapes import Array, Bool, DTypeLike, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +28,7 @@ class KVCache:
 
 
 def create(
-    num_layers: int, batch_size: int, num_kv_heads: int, capacity: int, head_dim: int, *, dtype: jnp.dtype
+    num_layers: int, batch_size: int, num_kv_heads: int, capacity: int, head_dim: int, *, dtype: DTypeLike
 ) -> KVCache:
     """An empty cache."""
     shape = (num_layers, batch_size, num_kv_heads, capacity, head_dim)

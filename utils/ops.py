@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from utils.shapes import Array, Bool, Float
+from utils.shapes import Array, Bool, DTypeLike, Float, Number
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def contract(
-    spec: str, x_BT: Float[Array, "B T ..."], weight: Float[Array, "..."], *, dtype: jnp.dtype | None = None
+    spec: str, x_BT: Float[Array, "B T ..."], weight: Float[Array, "..."], *, dtype: DTypeLike | None = None
 ) -> Float[Array, "B T ..."]:
     """Einsum of activations that begin with the letters B and T with a weight; the result begins with B and T too.
 
@@ -40,7 +40,7 @@ def contract(
     return jnp.einsum(spec, x_BT, weight, preferred_element_type=dtype)
 
 
-def rms_norm(x_BTD: Float[Array, "*BT D"], scale_D: Float[Array, "D"], *, eps: float) -> Float[Array, "*BT D"]:
+def rms_norm(x_BTD: Float[Array, "*BT D"], scale_D: Float[Array, "D"], *, eps: Number) -> Float[Array, "*BT D"]:
     """Divide by the root mean square over the last axis, then multiply by `scale_D`.
 
     The statistics and the division are float32 whatever the dtype of x, in which the result comes back.
@@ -71,7 +71,7 @@ def attend(
     v_BSKH: Float[Array, "B S K H"],
     allowed_BTS: Bool[Array, "#B T S"],
     *,
-    scale: float | None = None,
+    scale: Number | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention; scores and softmax in float32. Returns out_BTNH in the dtype of q.
 

@@ -18,7 +18,7 @@ from utils.attention import Mask, attention
 from utils.kvcache import KVCache
 from utils.ops import add_bias, contract, feed_forward, rms_norm, rotate
 from utils.rope import rope_angles
-from utils.shapes import Array, Float, Int
+from utils.shapes import Array, DTypeLike, Float, Int
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class _Initializer:
 
     config: LlamaConfig
     keys: Callable[[], Array]
-    dtype: jnp.dtype
+    dtype: DTypeLike
     num_layers: int | None = None
 
     def _shape(self, letters: str) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ class LLaMa(nnx.Module):
     It computes in the dtype of its parameters (norm statistics, rotary angles, softmax and logits in float32).
     """
 
-    def __init__(self, config: LlamaConfig, *, key: Array, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: LlamaConfig, *, key: Array, dtype: DTypeLike = jnp.float32):
         """Random weights: normal matrices, norms of one, biases of zero. Sizes come from `config`."""
         draws = iter(jax.random.split(key, 16))
         init = _Initializer(config, lambda: next(draws), dtype)

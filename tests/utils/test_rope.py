@@ -94,9 +94,18 @@ def test_llama3_frequencies(head_dim, parameters):
 
 
 @pytest.mark.parametrize("truncate", [True, False])
-@pytest.mark.parametrize("head_dim,base,context", [(128, 1e6, 32768), (16, 1e4, 32), (64, 150000.0, 4096)])
-def test_yarn_frequencies(head_dim, base, context, truncate):
-    scaling = yarn(original_context=context, truncate=truncate)
+@pytest.mark.parametrize(
+    "head_dim,base,context,fast",
+    [
+        (128, 1e6, 32768, 32.0),
+        (16, 1e4, 32, 32.0),  # begins in front of the first dimension
+        (64, 150000.0, 4096, 32.0),
+        (16, 100.0, 4096, 32.0),  # ends behind the last pair
+        (16, 20.0, 4096, 400.0),  # ends behind the last dimension
+    ],
+)
+def test_yarn_frequencies(head_dim, base, context, fast, truncate):
+    scaling = yarn(original_context=context, beta_fast=fast, truncate=truncate)
     got = rope_frequencies(head_dim, base=base, scaling=scaling)
     np.testing.assert_allclose(got, yarn_64(head_dim, base, scaling), rtol=2e-6)
 
@@ -196,7 +205,9 @@ HF_CASES = {
     ),
     "yarn-mscale": (
         dict(factor=40.0, original_max_position_embeddings=64, mscale=0.707, mscale_all_dim=1.0, beta_fast=16.0),
-        yarn(factor=40.0, original_context=64, beta_fast=16.0, attention_factor=yarn_attention_factor(40.0, 0.707, 1.0)),
+        yarn(
+            factor=40.0, original_context=64, beta_fast=16.0, attention_factor=yarn_attention_factor(40.0, 0.707, 1.0)
+        ),
         None,
     ),
     "yarn-untruncated": (
