@@ -14,6 +14,8 @@ import numpy as np
 
 from utils.shapes import Array, Bool, Float, Int, Number
 
+_COLDEST = 1e-6  # Logits divided by less may leave the range of float32.
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -36,8 +38,8 @@ class SamplingParams:
     max_consecutive_newlines: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.temperature != 0 and not _COLDEST <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or at least {_COLDEST:g}, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -215,14 +217,14 @@ class SamplingRules:
         greedy = params.temperature == 0
         return SamplingRules(
             greedy=greedy,
-            top_k=None if greedy or params.top_k is None else np.int32(params.top_k),
+            top_k=None if greedy or params.top_k is None else np.int32(min(params.top_k, vocab_size)),
             temperature=np.float32(1.0 if greedy else params.temperature),
             top_p=None if greedy else number(params.top_p, 1.0),
             min_p=None if greedy else number(params.min_p, 0.0),
             repetition_penalty=number(params.repetition_penalty, 1.0),
             banned_V=banned_V if params.banned_tokens else None,
             newlines=None if cap is None else newlines,
-            newline_cap=None if cap is None else np.int32(cap),
+            newline_cap=None if cap is None else np.int32(min(cap, 2**30)),
         )
 
     def filter(self, logits_BV: Array, *, seen_BV: Array | None = None, newline_run_B: Array | None = None) -> Array:

@@ -88,7 +88,7 @@ class ChatSession:
             last_BD,
             [ids],
             self.request,
-            keys_B=sample_keys(self.request.seed, [self.turns + 1], 1),
+            keys_B=sample_keys(self.request.seed, [self.turns + 1], [0]),
             limit_B=np.array([min(self.request.max_new_tokens, context - len(ids))], np.int32),
             buffer=buffer_size(self.model, self.request),
         )
@@ -106,8 +106,7 @@ class ChatSession:
                 self._cache, self._ids, self._said = reached.cache, ids + answer, begin_ids + answer
                 shown = "".join(watch.push("" if t in self.request.stop_ids else decoder.push(t)) for t in new)
                 said.append(shown)
-                if shown:
-                    yield shown
+                yield shown  # even where there is nothing to show, so that the caller may stop here
                 if watch.found:
                     break
             said.append("" if watch.found else watch.push(decoder.flush()) + watch.flush())

@@ -14,6 +14,7 @@ from sampling import NewlineTable, SamplingParams, SamplingRules
 from utils import kvcache
 
 _WATCH_STEPS = 16  # How often rows are looked at for an end that token ids do not show.
+_UNWATCHED_STEPS = 64
 _STREAM_SECONDS = 0.05  # How much text a streamed piece should hold, in time.
 
 
@@ -75,20 +76,33 @@ def generate(
 
 
 def _batches(model, prompts, request, batch_size, ends) -> Iterator[list[Completion]]:
-    G = request.num_samples
-    rows = max(1, min(batch_size // G, len(prompts)))
+    rows = max(1, min(batch_size // request.num_samples, len(prompts)))
     for first in range(0, len(prompts), rows):
         batch = prompts[first : first + rows]
         # Idle rows keep the shape, so that a last, smaller batch compiles nothing.
         indices = [*range(first, first + len(batch)), *[None] * (rows - len(batch))]
-        state, rules, stop_E = start(model, batch, request, indices=indices)
-        if ends is None:
-            completions = collect(decode(model, state, rules, stop_E, buffer_size(model, request)), request)
-        else:
-            numbers = [first + row // G for row in range(rows * G)]
-            completions = _decode_watched(model, state, rules, stop_E, request, ends, numbers)
-        for n in range(len(batch)):
-            yield completions[n * G : (n + 1) * G]
+        results: list[list[Completion]] = [[] for _ in batch]
+        for samples in _parts(range(request.num_samples), max(1, batch_size // rows)):
+            state, rules, stop_E = start(model, batch, request, indices=indices, samples=samples)
+            if ends is None:
+                completions = collect(_decode_all(model, state, rules, stop_E), request)
+            else:
+                numbers = [first + row // len(samples) for row in range(rows * len(samples))]
+                completions = _decode_watched(model, state, rules, stop_E, request, ends, numbers)
+            for result, own in zip(results, _parts(completions, len(samples))):
+                result += own
+        yield from results
+
+
+def _parts(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _decode_all(model: LLaMa, state: DecodeState, rules: SamplingRules, stop_E: np.ndarray) -> DecodeState:
+    """Decode all rows to their ends, looking up now and then so that an interrupt need not wait for the last one."""
+    while not np.all(state.done_B):
+        state = decode(model, state, rules, stop_E, _UNWATCHED_STEPS)
+    return state
 
 
 def _decode_watched(model, state, rules, stop_E, request, ends, numbers) -> list[Completion]:
@@ -153,16 +167,21 @@ def check_prompts(model: LLaMa, prompts: Sequence[Sequence[int]]) -> None:
 
 
 def start(
-    model: LLaMa, prompts: Sequence[Sequence[int]], request: Request, *, indices: Sequence[int | None]
+    model: LLaMa,
+    prompts: Sequence[Sequence[int]],
+    request: Request,
+    *,
+    indices: Sequence[int | None],
+    samples: Sequence[int] = (0,),
 ) -> tuple[DecodeState, SamplingRules, np.ndarray]:
-    """Prefill prompts and draw the first token of every sample.
+    """Prefill prompts and draw the first token of each of the numbered samples.
 
     `indices` number the rows for their seeds; more indices than prompts, all None, ask for idle rows that fill a batch.
     """
     prompts = [list(prompt) for prompt in prompts] + [[0]] * (len(indices) - len(prompts))
     cache = new_cache(model, len(prompts), cache_size(model, max(map(len, prompts)), request))
     last_BD, cache = prefill(model, cache, prompts, from_empty=True)
-    G = request.num_samples
+    G = len(samples)
     if G > 1:
         cache, last_BD = kvcache.fork(cache, G), jnp.repeat(last_BD, G, axis=0)
     room = model.config.max_position_embeddings
@@ -173,7 +192,7 @@ def start(
         last_BD,
         [prompt for prompt in prompts for _ in range(G)],
         request,
-        keys_B=sample_keys(request.seed, [-1 if i is None else i for i in indices], G),
+        keys_B=sample_keys(request.seed, [-1 if i is None else i for i in indices], samples),
         limit_B=np.repeat(np.array(limits, np.int32), G),
         buffer=buffer_size(model, request),
     )
@@ -186,7 +205,7 @@ def buffer_size(model: LLaMa, request: Request) -> int:
 
 def cache_size(model: LLaMa, prompt_length: int, request: Request) -> int:
     """Slots of a cache for prompts of up to that length and their completions, in steps likewise."""
-    wanted = -(-(bucket(prompt_length) + buffer_size(model, request)) // 64) * 64
+    wanted = bucket(prompt_length) + buffer_size(model, request)
     return max(prompt_length, min(wanted, model.config.max_position_embeddings))
 
 
@@ -235,10 +254,10 @@ def _keys(seed: jax.Array, prompt_B: jax.Array, sample_B: jax.Array) -> jax.Arra
     return jax.vmap(fold)(prompt_B, sample_B)
 
 
-def sample_keys(seed: int, prompts: Sequence[int], num_samples: int) -> jax.Array:
-    """PRNG keys of all samples of the prompts of these numbers, side by side by prompt."""
-    prompt_B = np.repeat(np.array(prompts, np.int32), num_samples)
-    return _keys(np.uint32(seed % 2**32), prompt_B, np.tile(np.arange(num_samples, dtype=np.int32), len(prompts)))
+def sample_keys(seed: int, prompts: Sequence[int], samples: Sequence[int]) -> jax.Array:
+    """PRNG keys of the samples of these numbers of the prompts of these numbers, side by side by prompt."""
+    prompt_B = np.repeat(np.array(prompts, np.int32), len(samples))
+    return _keys(np.uint32(seed % 2**32), prompt_B, np.tile(np.array(samples, np.int32), len(prompts)))
 
 
 def collect(state: DecodeState, request: Request) -> list[Completion]:

@@ -210,7 +210,7 @@ def test_the_question_answer_format_ends_before_the_next_question(talk, tokenize
     [
         (["--promt", "x"], "unknown flag --promt"),
         (["--max_new_tokens=0"], "max_new_tokens must be at least 1, not 0"),
-        (["--temperature=-1"], "temperature must be 0 or more, not -1.0"),
+        (["--temperature=-1"], "temperature must be 0 (greedy) or at least 1e-06, not -1.0"),
         (["--top_p=x"], "--top_p must be a number, not 'x'"),
         (["--preset=wild"], "--preset 'wild' is none of"),
         (["--template=/not/there"], "chat template '/not/there' is neither a file nor one of"),

@@ -320,7 +320,7 @@ def test_output_rows(run, tmp_path, loaded):
         assert logits_TV.argmax(-1).tolist() == row["token_ids"]
         logits_TV -= logits_TV.max(-1, keepdims=True)
         plain = logits_TV.max(-1) - np.log(np.exp(logits_TV).sum(-1))
-        np.testing.assert_allclose(row["logprobs"], plain, atol=2e-5)
+        np.testing.assert_allclose(row["logprobs"], plain, atol=1e-4)
         ended = row["token_ids"][-1] in tokenizer.stop_ids
         assert row["finish_reason"] == ("stop" if ended else "length")
         assert ended or len(row["token_ids"]) == 12
@@ -372,8 +372,8 @@ def test_rows_are_in_the_file_as_soon_as_they_are_finished(run, tmp_path, monkey
         (["--prompt=a", "--n=-1"], "--n must be at least 1, not -1"),
         (["--prompt=a", "--batch_size=0"], "--batch_size must be at least 1, not 0"),
         (["--prompt=a", "--temperature=hot"], "--temperature must be a number, not 'hot'"),
-        (["--prompt=a", "--temperature=-1"], "temperature must be 0 or more, not -1.0"),
-        (["--prompt=a", "--temperature=nan"], "temperature must be 0 or more, not nan"),
+        (["--prompt=a", "--temperature=-1"], "temperature must be 0 (greedy) or at least 1e-06, not -1.0"),
+        (["--prompt=a", "--temperature=nan"], "temperature must be 0 (greedy) or at least 1e-06, not nan"),
         (["--prompt=a", "--top_p=1.5"], "top_p must be above 0 and at most 1, not 1.5"),
         (["--prompt=a", "--top_k=0"], "top_k must be at least 1, not 0"),
         (["--prompt=a", "--min_p=-0.1"], "min_p must be from 0 to 1, not -0.1"),

@@ -84,12 +84,17 @@ def attend(
     K = k_BSKH.shape[2]
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads evenly")
+    G, S = N // K, k_BSKH.shape[1]
     scale = H**-0.5 if scale is None else scale
-    q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H)
-    score_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, G, H)
+    # The queries of all heads that share keys are the rows M = G T of one matrix for each row and key/value head.
+    q_BKMH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    score_BKMS = jnp.einsum("BKMH,BSKH->BKMS", q_BKMH, k_BSKH, preferred_element_type=jnp.float32)
+    score_BKGTS = score_BKMS.reshape(B, K, G, T, S)
     score_BKGTS = jnp.where(allowed_BTS[:, None, None], score_BKGTS, jnp.finfo(jnp.float32).min)
-    weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weight_BKGTS, v_BSKH).reshape(B, T, N, H)
+    weight_BKMS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype).reshape(B, K, G * T, S)
+    out_BKGTH = jnp.einsum("BKMS,BSKH->BKMH", weight_BKMS, v_BSKH).reshape(B, K, G, T, H)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def feed_forward(

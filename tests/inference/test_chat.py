@@ -422,7 +422,7 @@ def test_variables_reach_the_template_and_begin_with_is_said_first(tokenizer):
     assert session._ids[-3:] == [open_, newline, end]
     session.clear()
     pieces = list(session.ask("what", begin_with="<think>\n"))
-    assert pieces == ["<think>\n"] and session._ids[-3:] == [open_, newline, end]
+    assert "".join(pieces) == "<think>\n" and session._ids[-3:] == [open_, newline, end]
     assert session.messages[-1]["content"] == "<think>\n"
 
 
