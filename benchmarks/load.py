@@ -24,30 +24,9 @@ from models.llama.config import LlamaConfig, config_to_hf
 from models.llama.files import write_safetensors
 from models.llama.load import load_pretrained
 from models.llama.names import HUGGING_FACE, layout, tensors_of
-from utils.rope import Llama3Scaling
+from models.llama.presets import PRESETS
 
-CONFIG = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_layers=16,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=64,
-    max_position_embeddings=131072,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    rope_scaling=Llama3Scaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
-    tie_embeddings=True,
-    activation="silu",
-    gated=True,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    layer_windows=(None,) * 16,
-    initializer_range=0.02,
-)
+CONFIG = PRESETS["llama-3.2-1b"]
 _PARAMETERS = "embed_VD attn_norm_D q_DNH k_DKH v_DKH o_NHD mlp_norm_D gate_DF up_DF down_FD norm_D"
 
 
