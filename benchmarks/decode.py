@@ -82,7 +82,7 @@ def _list(text: str | tuple | int) -> list[str]:
 
 def _random_model(shape: str, dtype: str, **changes) -> LLaMa:
     config = dataclasses.replace(PRESETS[shape], **changes)
-    return jax.jit(lambda key: LLaMa(config, key=key, dtype=dtype))(jax.random.key(0))
+    return jax.block_until_ready(jax.jit(lambda key: LLaMa(config, key=key, dtype=dtype))(jax.random.key(0)))
 
 
 def _our_decoder(model: LLaMa, new_tokens: int) -> Callable[[list[list[int]]], None]:
