@@ -146,7 +146,7 @@ def _answer(session, line: str, switchable: bool) -> None:
         with _interruptible() as interrupted:
             answer = session.ask(question, begin_with=begin_with, enable_thinking=think, open_thinking=think)
             for piece in answer:
-                screen.show(piece)
+                screen.show(piece if screen.begun else session.opened_thought + piece)
                 if interrupted():
                     answer.close()
                     break
@@ -187,9 +187,10 @@ class _Screen:
     """Prints an answer as it comes, what is between <think> and </think> dimmed where `dim` is set."""
 
     def __init__(self, *, dim: bool):
-        self.dim, self._held, self._thinking = dim, "", False
+        self.dim, self.begun, self._held, self._thinking = dim, False, "", False
 
     def show(self, piece: str) -> None:
+        self.begun = True
         text, self._held = self._held + piece, ""
         while text:
             mark = "</think>" if self._thinking else "<think>"

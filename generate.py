@@ -49,9 +49,10 @@ def generate(
         ckpt_dir: Folder (or llama2.c file) of a checkpoint: Hugging Face, Meta or llama2.c.
         tokenizer_path: Tokenizer file or folder, where it is not in ckpt_dir.
         prompt: The text to continue.
-        prompts_file: A prompt a line, or JSON lines with "prompt" or "messages" each; - is standard input.
-        output: Write JSON lines to this file instead of text to standard output: prompt (or messages), completion,
-            token_ids, finish_reason (stop or length), and with --logprobs logprobs.
+        prompts_file: A prompt a line, or JSON lines with "prompt" or "messages" (and "tools") each; - is standard
+            input.
+        output: Write JSON lines to this file instead of text to standard output: prompt (or messages) and whatever
+            else its row has, completion, token_ids, finish_reason (stop or length), and with --logprobs logprobs.
         max_new_tokens: Most tokens in a completion.
         preset: standard, creative or conservative: starting values for the sampling flags below.
         temperature: Divides the logits; 0 always takes the likeliest token.
@@ -106,7 +107,7 @@ def generate(
     model, tokenizer = setup.load(ckpt_dir, tokenizer_path, dtype=dtype, device=device)
     prompt_ids = [_encode(row, tokenizer, chat, system) for row in rows]
     for row, ids in zip(rows, prompt_ids):
-        _check_room(row, ids, model.config.max_position_embeddings)
+        _check_room(row, ids, model.config.max_text_length)
     newlines = text.newline_table(tokenizer, model.config.vocab_size) if max_consecutive_newlines else None
     request = Request(
         max_new_tokens=max_new_tokens,
@@ -151,15 +152,22 @@ def _read_prompts(prompt: str | None, prompts_file: str | None) -> list[dict[str
     numbered = [(f"{name}:{i}", line.rstrip("\r")) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UsageError(f"{name} holds no prompt")
-    if name.endswith((".jsonl", ".json")) or all(line.startswith("{") for _, line in numbered):
+    if name.endswith((".jsonl", ".json")) or _is_json_object(numbered[0][1]):
         return [_read_json_row(line, where) for where, line in numbered]
     return [{"prompt": line, "where": where} for where, line in numbered]
+
+
+def _is_json_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (json.JSONDecodeError, RecursionError):
+        return False
 
 
 def _read_json_row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise UsageError(f'{where}: a row must be an object with either "prompt" or "messages"')
@@ -169,7 +177,7 @@ def _read_json_row(line: str, where: str) -> dict[str, Any]:
         raise UsageError(f"{where}: the prompt must be a text that is not empty")
     if "messages" in row and not (isinstance(row["messages"], list) and row["messages"]):
         raise UsageError(f"{where}: the messages must be a list that is not empty")
-    return {key: row[key] for key in ("prompt", "messages", "tools") if key in row} | {"where": where}
+    return row | {"where": where}
 
 
 def _is_unicode(text: str) -> bool:
@@ -179,11 +187,15 @@ def _is_unicode(text: str) -> bool:
 
 def _encode(row: dict[str, Any], tokenizer, chat: bool, system: str | None) -> list[int]:
     if not _is_chat(row, chat):
+        if row.get("tools"):
+            raise UsageError(f"{row['where']}: tools go with messages, or with --chat")
         return tokenizer.encode(row["prompt"], add_bos=tokenizer.adds_bos)
     from data.chat import choose_template, encode_chat
 
     messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
     if system is not None:
+        if isinstance(messages[0], dict) and messages[0].get("role") == "system":
+            raise UsageError(f"{row['where']} has a system message of its own: leave out --system")
         messages = [{"role": "system", "content": system}, *messages]
     try:
         return encode_chat(
@@ -248,7 +260,7 @@ def _write(rows, results, output: str | None, echo: bool, logprobs: bool, n: int
 
 def _record(row: dict[str, Any], sample, logprobs: bool) -> dict[str, Any]:
     done = sample.completion
-    record = {key: row[key] for key in ("prompt", "messages") if key in row}
+    record = {key: value for key, value in row.items() if key != "where"}
     record |= {"completion": sample.text, "token_ids": done.token_ids, "finish_reason": done.finish_reason}
     return record | ({"logprobs": [round(x, 6) for x in done.logprobs]} if logprobs else {})
 

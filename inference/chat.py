@@ -16,6 +16,8 @@ from utils import kvcache
 from utils.kvcache import KVCache
 
 Message = Mapping[str, Any]
+_THOUGHT_TOKENS = 16  # of a prompt's end that are searched for an open <think>
+
 Encode = Callable[..., list[int]]  # encode(messages, **variables): ids up to where the answer begins
 
 
@@ -40,7 +42,7 @@ class ChatSession:
     `encode(messages, **variables)` gives the ids of a conversation up to where the answer begins, as
     `data.chat.encode_chat` with its template and add_generation_prompt does. `opening` messages (a system message) are
     never dropped. When the conversation outgrows the context, the oldest turns are, a question with its answers at a
-    time.
+    time, until it fills no more than half of it, so that the next turns can go on from the cache again.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ChatSession:
         self.opening, self.stop = list(opening), tuple(stop)
         StopStrings(self.stop)  # raises where one is empty
         self.turns = 0
+        self.opened_thought = ""  # what the template itself wrote of a thought that the last answer goes on with
         self.stats: TurnStats | None = None
         self.clear()
 
@@ -81,7 +84,7 @@ class ChatSession:
         asked = [*self.messages, {"role": "user", "content": question}]
         kept, dropped, plain, ids = self._fit(asked, variables, begin_ids)
         last_BD, prefilled = self._prefill(ids)
-        context = self.model.config.max_position_embeddings
+        context = self.model.config.max_text_length
         state, rules, stop_E = begin_rows(
             self.model,
             self._cache,
@@ -94,6 +97,9 @@ class ChatSession:
         )
         self.messages, self._cache = kept, state.cache
         self._plain, self._asked, self._said = plain, ids[: len(ids) - len(begin_ids)], begin_ids
+        prompt_end = self.tokenizer.decode(self._asked[-_THOUGHT_TOKENS:])
+        opened = prompt_end.rfind("<think>")
+        self.opened_thought = prompt_end[opened:] if opened > prompt_end.rfind("</think>") else ""
         self.turns += 1
         watch, decoder = StopStrings(self.stop), self.tokenizer.decoder(skip_special=True, continuation=True)
         said, answer = [begin_with], []
@@ -132,13 +138,13 @@ class ChatSession:
         """The messages that leave room for an answer, how many turns had to go for it, their ids as `encode` has them,
         and their ids as they are to be run, with `begin_ids` behind them.
         """
-        context = self.model.config.max_position_embeddings
+        context = self.model.config.max_text_length
         reserve = min(self.request.max_new_tokens, context // 4)
         dropped, first = 0, len(self.opening)
         while True:
             plain = self.encode(messages, **variables)
             ids = (plain if dropped else self._as_drawn(plain)) + begin_ids
-            if len(ids) + reserve <= context:
+            if len(ids) + reserve <= context and (not dropped or len(ids) <= context // 2):
                 return messages, dropped, plain, ids
             questions = [i for i in range(first, len(messages)) if messages[i]["role"] == "user"]
             if len(questions) < 2:

@@ -13,7 +13,7 @@ from models.llama import LLaMa
 from sampling import NewlineTable, SamplingParams, SamplingRules
 from utils import kvcache
 
-_WATCH_STEPS = 16  # How often rows are looked at for an end that token ids do not show.
+WATCH_STEPS = 16  # How often rows are looked at for an end that token ids do not show.
 _UNWATCHED_STEPS = 64
 _STREAM_SECONDS = 0.05  # How much text a streamed piece should hold, in time.
 
@@ -54,6 +54,8 @@ class Request:
         for name in ("max_new_tokens", "num_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, not {self.seed}")
 
 
 def generate(
@@ -117,7 +119,7 @@ def _decode_watched(model, state, rules, stop_E, request, ends, numbers) -> list
                 kept[row], done_B[row] = keep, True
         if done_B.all():
             return [_cut(c, kept[row]) if row in kept else c for row, c in enumerate(completions)]
-        state = decode(model, replace(state, done_B=jnp.asarray(done_B)), rules, stop_E, _WATCH_STEPS)
+        state = decode(model, replace(state, done_B=jnp.asarray(done_B)), rules, stop_E, WATCH_STEPS)
 
 
 def _cut(completion: Completion, keep: int) -> Completion:
@@ -156,7 +158,7 @@ def pieces(
 
 def check_prompts(model: LLaMa, prompts: Sequence[Sequence[int]]) -> None:
     """Raises ValueError for a prompt that is empty, too long, or has ids outside the vocabulary."""
-    context, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    context, vocab = model.config.max_text_length, model.config.vocab_size
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty: it needs at least one token, such as the beginning-of-text token")
@@ -184,7 +186,7 @@ def start(
     G = len(samples)
     if G > 1:
         cache, last_BD = kvcache.fork(cache, G), jnp.repeat(last_BD, G, axis=0)
-    room = model.config.max_position_embeddings
+    room = model.config.max_text_length
     limits = [0 if i is None else min(request.max_new_tokens, room - len(p)) for i, p in zip(indices, prompts)]
     return begin_rows(
         model,
@@ -200,13 +202,13 @@ def start(
 
 def buffer_size(model: LLaMa, request: Request) -> int:
     """Slots for new tokens, in steps so that most requests share a compiled program; no more than the context holds."""
-    return -(-min(request.max_new_tokens, model.config.max_position_embeddings) // 32) * 32
+    return -(-min(request.max_new_tokens, model.config.max_text_length) // 32) * 32
 
 
 def cache_size(model: LLaMa, prompt_length: int, request: Request) -> int:
     """Slots of a cache for prompts of up to that length and their completions, in steps likewise."""
     wanted = bucket(prompt_length) + buffer_size(model, request)
-    return max(prompt_length, min(wanted, model.config.max_position_embeddings))
+    return max(prompt_length, min(wanted, model.config.max_text_length))
 
 
 def begin_rows(
@@ -257,7 +259,7 @@ def _keys(seed: jax.Array, prompt_B: jax.Array, sample_B: jax.Array) -> jax.Arra
 def sample_keys(seed: int, prompts: Sequence[int], samples: Sequence[int]) -> jax.Array:
     """PRNG keys of the samples of these numbers of the prompts of these numbers, side by side by prompt."""
     prompt_B = np.repeat(np.array(prompts, np.int32), len(samples))
-    return _keys(np.uint32(seed % 2**32), prompt_B, np.tile(np.array(samples, np.int32), len(prompts)))
+    return _keys(np.uint32(seed), prompt_B, np.tile(np.array(samples, np.int32), len(prompts)))
 
 
 def collect(state: DecodeState, request: Request) -> list[Completion]:

@@ -58,11 +58,17 @@ def choose_device(device: str) -> None:
 def keep_compiled_programs() -> None:
     """Keep compiled programs in the user's cache folder, so that the next start need not compile them again.
 
-    A folder that the user has set by JAX_COMPILATION_CACHE_DIR is left alone.
+    A folder that the user has set by JAX_COMPILATION_CACHE_DIR is left alone. Where none can be made, none is kept.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ropewalk" / "jax"))
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ropewalk" / "jax"
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):
+            return
+        if not os.access(folder, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -130,12 +130,23 @@ def newline_table(tokenizer: Tokenizer, vocab_size: int) -> NewlineTable:
 def _stop_finder(
     tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stop: Sequence[str], stop_ids: Collection[int]
 ) -> Callable[[int, list[int]], int | None]:
-    """Tells after how many tokens the text of a completion of a prompt holds a stop string, or None."""
+    """Tells after how many tokens the text of a completion of a prompt holds a stop string, or None.
+
+    Asked every `WATCH_STEPS` tokens, it looks only at so many and at as much text in front of them as a stop string is
+    long: what came before has been looked at.
+    """
+    longest = max(len(string.encode()) for string in stop)
+    hidden = {*tokenizer.special_tokens.values(), *stop_ids}
 
     def tokens_to_keep(number: int, ids: list[int]) -> int | None:
-        continuation = _has_text(tokenizer, prompts[number])
+        first, text_bytes = max(0, len(ids) - completion.WATCH_STEPS), 0
+        while first > 0 and text_bytes < longest:
+            first -= 1
+            if ids[first] not in hidden:
+                text_bytes += len(tokenizer.token_bytes(ids[first]))
+        continuation = first > 0 or _has_text(tokenizer, prompts[number])
         watch, decoder = StopStrings(stop), tokenizer.decoder(skip_special=True, continuation=continuation)
-        for count, token in enumerate(ids, 1):
+        for count, token in enumerate(ids[first:], first + 1):
             watch.push("" if token in stop_ids else decoder.push(token))
             if watch.found:
                 return count

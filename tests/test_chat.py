@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,14 +139,14 @@ def test_thinking_is_asked_of_a_template_that_can(talk, tokenizer, tmp_path):
     ids = written(tokenizer, open_, "T", tokenizer.special_tokens["<|im_end|>"])
     model = following_model(chain(*ids) | {newline: tokenizer.encode("A")[0]}, tokenizer.vocab_size)
     folder = write_chat_checkpoint(tmp_path, model=model, template=template)
-    assert talk(folder, "what\nthink: what\n", "--max_new_tokens=2")[0] == "AA\nT\n"
+    assert talk(folder, "what\nthink: what\n", "--max_new_tokens=2")[0] == "AA\n<think>T\n"
 
 
 def test_a_full_context_drops_turns_and_says_so(talk, tokenizer, tmp_path):
     model = random_model(chat_config(tokenizer, context=96))
     folder = write_chat_checkpoint(tmp_path, model=model)
     _, err = talk(folder, "what is the colour of it\n" * 6, *GREEDY)
-    assert "(the context is full: the oldest turn was dropped)" in err
+    assert re.search(r"\(the context is full: the oldest (turn was|\d turns were) dropped\)", err)
     _, err = talk(folder, "what\n" * 3 + "rope " * 20 + "\n", *GREEDY)
     assert re.search(r"\(the context is full: the oldest [23] turns were dropped\)", err)
 
@@ -268,6 +269,19 @@ def test_thoughts_are_dimmed_however_they_arrive(capsys, size):
     colourful = shown(pieces, dim=True, capsys=capsys)
     assert re.sub("\x1b\\[[02]m", "", colourful) == answer + "\n"
     assert dimmed(colourful) == "<think>no </thin yes</think><think>x"
+
+
+def test_a_thought_that_the_template_opened_is_dimmed(capsys, monkeypatch):
+    class Session:
+        opened_thought, stats = "<think>\n", types.SimpleNamespace(finish_reason="stop", dropped_turns=0)
+
+        def ask(self, question, **_):
+            yield from ("hm", "m</think>", "yes")
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    chat._answer(Session(), "think: what", True)
+    output = capsys.readouterr().out
+    assert dimmed(output) == "<think>\nhmm</think>" and output.endswith("yes\n")
 
 
 def dimmed(output: str) -> str:

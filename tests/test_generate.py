@@ -559,3 +559,17 @@ def test_the_trained_model_from_the_command_line(repo_root, assets_dir):
     out, err = process.communicate()
     assert (process.returncode, out) == (0, golden["text"] + "\n")
     assert err.count("\n") == 1 and "tokens/s" in err
+
+
+def test_other_columns_of_a_row_are_copied_to_the_output(run, tmp_path):
+    rows, path = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows.write_text(json.dumps({"prompt": "what", "id": 7, "answer": "no"}))
+    run("--prompts_file", str(rows), "--max_new_tokens=2", "--output", str(path))
+    row = json.loads(path.read_text())
+    assert (row["id"], row["answer"]) == (7, "no") and "where" not in row
+
+
+def test_plain_prompts_may_begin_with_a_brace(run, tmp_path):
+    rows = tmp_path / "in.txt"
+    rows.write_text("{name} went\n{home}\n")
+    assert len(run("--prompts_file", str(rows), "--max_new_tokens=2", "--echo").split("{")) == 3

@@ -24,9 +24,12 @@ def run(command: Callable[..., None], argv: Sequence[str] | None = None) -> None
     Its parameters must be keyword-only and annotated: str, int, float, bool, tuple[str, ...], or one of these | None. A
     tuple flag may be repeated, or given once as a JSON list; a switch is --flag, --no-flag or --flag=false; a value
     that begins with two dashes goes behind a =. `--help` prints the docstring through python-fire.
-    ValueError and OSError from the command become one line and exit code 2, an interrupt exit code 130. With the
-    environment variable ROPEWALK_DEBUG set, tracebacks are shown.
+    ValueError and OSError from the command become one line and exit code 2, as does a lack of memory, an interrupt exit
+    code 130. With the environment variable ROPEWALK_DEBUG set, tracebacks are shown.
     """
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # closed by whoever started the program
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     argv = list(sys.argv[1:] if argv is None else argv)
     name = os.path.basename(sys.argv[0])
     try:
@@ -44,6 +47,15 @@ def run(command: Callable[..., None], argv: Sequence[str] | None = None) -> None
         if os.environ.get("ROPEWALK_DEBUG"):
             raise
         sys.exit(_say(name, _one_line(error), 2))
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("ROPEWALK_DEBUG") or not _is_lack_of_memory(error):
+            raise
+        sys.exit(_say(name, "not enough memory: lower --batch_size, --n or --max_new_tokens", 2))
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether Python or jax, whose own error is a RuntimeError, found no memory."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
 def _say(name: str, message: str, code: int) -> int:

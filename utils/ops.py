@@ -48,7 +48,8 @@ def rms_norm(x_BTD: Float[Array, "*BT D"], scale_D: Float[Array, "D"], *, eps: N
     """
     x32_BTD = x_BTD.astype(jnp.float32)
     mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
-    return (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype) * scale_D
+    unit_BTD = (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype)
+    return (unit_BTD * scale_D).astype(x_BTD.dtype)
 
 
 def rotate(

@@ -11,6 +11,7 @@ from utils.rope import (
     Llama3Scaling,
     RopeScaling,
     YarnScaling,
+    is_finite,
     yarn_attention_factor,
 )
 
@@ -55,8 +56,13 @@ class LlamaConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
         for name in ("rms_norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}")
+            if not is_finite(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be a positive finite number, not {getattr(self, name)!r}")
+        if not is_finite(self.initializer_range) or self.initializer_range < 0:
+            raise ValueError(f"initializer_range must be a finite number from 0, not {self.initializer_range!r}")
+        for name in ("tie_embeddings", "gated", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -65,8 +71,17 @@ class LlamaConfig:
             raise ValueError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         if len(self.layer_windows) != self.num_layers:
             raise ValueError(f"layer_windows has {len(self.layer_windows)} entries for {self.num_layers} layers")
-        if any(window is not None and window < 1 for window in self.layer_windows):
-            raise ValueError(f"a sliding window must be at least 1 token: {self.layer_windows}")
+        for window in self.layer_windows:
+            if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+                raise ValueError(f"a sliding window must be a whole number of at least 1 token, not {window!r}")
+
+    @property
+    def max_text_length(self) -> int:
+        """Tokens that positions are made for, RoPE scaling included."""
+        if isinstance(self.rope_scaling, DynamicScaling | YarnScaling):
+            stretched = int(self.rope_scaling.factor * self.rope_scaling.original_context)
+            return max(self.max_position_embeddings, stretched)
+        return self.max_position_embeddings
 
 
 # Of the same network in `transformers`: what a missing key of config.json means. Only keys that older files leave out.
@@ -103,6 +118,25 @@ _READ_KEYS = frozenset(
     "layer_types initializer_range".split()
 )
 
+_KINDS: dict[str, tuple[str, ...]] = {
+    "an object": ("rope_scaling", "rope_parameters", "quantization_config"),
+    "a list of strings": ("architectures", "layer_types"),
+    "a string": ("model_type", "hidden_act"),
+    "true or false": ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    "a number": ("rms_norm_eps", "rope_theta", "initializer_range"),
+    "a whole number": ("sliding_window", "max_window_layers"),
+    "a positive whole number": (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+    ),
+}
+
 # Keys of config.json that say nothing about the forward pass of a decoder: bookkeeping, training-time
 # settings, and generation defaults (token ids are read with the tokenizer).
 _HARMLESS_KEYS = frozenset(
@@ -112,7 +146,7 @@ _HARMLESS_KEYS = frozenset(
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id forced_bos_token_id "
     "forced_eos_token_id tokenizer_class prefix task_specific_params pretraining_tp use_mrope rope_interleaved "
     "is_llama_config unsloth_fixed unsloth_version chunk_size_feed_forward gradient_checkpointing "
-    "num_nextn_predict_layers_unused architectures_version max_sequence_length keys_to_ignore_at_inference "
+    "attn_implementation _flash_attn_2_enabled max_sequence_length keys_to_ignore_at_inference "
     "is_encoder_decoder is_decoder is_composition torchscript do_sample temperature top_k top_p min_length max_length "
     "num_beams num_return_sequences repetition_penalty length_penalty no_repeat_ngram_size early_stopping "
     "bad_words_ids suppress_tokens begin_suppress_tokens diversity_penalty num_beam_groups typical_p "
@@ -127,6 +161,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     Raises ValueError for an unsupported architecture, quantised weights, a missing key, and any key that is not known
     to leave the forward pass alone.
     """
+    _check_kinds(raw)
     family = _family(raw)
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unnamed")
@@ -177,12 +212,42 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
+def _check_kinds(raw: Mapping[str, Any]) -> None:
+    """Raise ValueError where a key that is read has a value of the wrong kind; null counts as not stated."""
+    for kind, keys in _KINDS.items():
+        for key in keys:
+            if raw.get(key) is not None and not _is_kind(raw[key], kind):
+                raise ValueError(f"{key} must be {kind}, not {raw[key]!r:.80}")
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    match kind:
+        case "an object":
+            return isinstance(value, Mapping)
+        case "a list of strings":
+            return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        case "a string":
+            return isinstance(value, str)
+        case "true or false":
+            return isinstance(value, bool)
+        case "a number":
+            return is_finite(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and (value > 0 or kind == "a whole number")
+
+
 def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     """The `config.json` of the Hugging Face architecture that computes the same.
 
     Raises ValueError where none of llama, mistral, qwen2 and qwen3 does.
     """
     family = _family_of(config)
+    scaling, context = config.rope_scaling, config.max_position_embeddings
+    if isinstance(scaling, DynamicScaling) and scaling.original_context != context:
+        raise ValueError(
+            f"dynamic scaling of original_context {scaling.original_context} in a network of max_position_embeddings "
+            f"{context}: config.json has only one number for both"
+        )
     windows = {window for window in config.layer_windows if window is not None}
     architecture = {v: k for k, v in reversed(_ARCHITECTURES.items())}[family]
     raw: dict[str, Any] = {
@@ -270,7 +335,7 @@ def _windows_from_hf(family: str, values: Mapping[str, Any]) -> tuple[int | None
 def _rope_from_hf(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base frequency and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", values.get("rope_theta", 10000.0)))
+    theta = _number("rope_theta", rope.pop("rope_theta", values.get("rope_theta", 10000.0)))
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -282,14 +347,14 @@ def _rope_from_hf(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
             case "default":
                 scaling = None
             case "linear":
-                scaling = LinearScaling(factor=float(rope.pop("factor")))
+                scaling = LinearScaling(factor=_number("factor", rope.pop("factor")))
             case "dynamic":
-                scaling = DynamicScaling(factor=float(rope.pop("factor")), original_context=context)
+                scaling = DynamicScaling(factor=_number("factor", rope.pop("factor")), original_context=context)
             case "llama3":
                 scaling = Llama3Scaling(
-                    factor=float(rope.pop("factor")),
-                    low_freq_factor=float(rope.pop("low_freq_factor")),
-                    high_freq_factor=float(rope.pop("high_freq_factor")),
+                    factor=_number("factor", rope.pop("factor")),
+                    low_freq_factor=_number("low_freq_factor", rope.pop("low_freq_factor")),
+                    high_freq_factor=_number("high_freq_factor", rope.pop("high_freq_factor")),
                     original_context=original,
                 )
             case "yarn":
@@ -303,19 +368,30 @@ def _rope_from_hf(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     return theta, scaling
 
 
+def _number(name: str, value: Any) -> float:
+    """A value as a float; raises ValueError for anything but a finite number that fits."""
+    try:
+        if is_finite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise ValueError(f"{name} must be a finite number, not {value!r:.80}")
+
+
 def _yarn_from_hf(rope: dict[str, Any], original: int, context: int) -> YarnScaling:
     factor = rope.pop("factor")
-    factor = context / original if factor is None else float(factor)
-    mscale, mscale_all_dim = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
+    factor = context / _number("original_max_position_embeddings", original) if factor is None else factor
+    factor = _number("factor", factor)
+    mscale, mscale_all_dim = (_number(key, rope.pop(key, None) or 0) for key in ("mscale", "mscale_all_dim"))
     attention_factor = rope.pop("attention_factor", None)
     if attention_factor is None:
         attention_factor = yarn_attention_factor(factor, mscale, mscale_all_dim)
     return YarnScaling(
         factor=factor,
         original_context=original,
-        beta_fast=float(rope.pop("beta_fast", None) or 32),
-        beta_slow=float(rope.pop("beta_slow", None) or 1),
-        attention_factor=float(attention_factor),
+        beta_fast=_number("beta_fast", rope.pop("beta_fast", None) or 32),
+        beta_slow=_number("beta_slow", rope.pop("beta_slow", None) or 1),
+        attention_factor=_number("attention_factor", attention_factor),
         truncate=rope.pop("truncate", True),
     )
 

@@ -260,3 +260,30 @@ def test_a_reader_that_has_gone_is_no_error(capsys, monkeypatch):
         cli.run(speak, [])
         cli.run(speak, ["--help"])
     assert capsys.readouterr().err == ""
+
+
+def test_a_closed_stream_is_an_empty_one(monkeypatch):
+    def read() -> None:
+        seen["input"] = sys.stdin.read()
+        print("into the void")
+
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    cli.run(read, [])
+    assert seen["input"] == ""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")])
+def test_a_lack_of_memory_is_one_line(capsys, error):
+    def ask_for_too_much() -> None:
+        raise error
+
+    assert "not enough memory" in mistake(capsys, call=ask_for_too_much)
+
+
+def test_other_failures_keep_their_traceback():
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(fail, [])
