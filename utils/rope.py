@@ -19,6 +19,9 @@ class LinearScaling:
 
     factor: float
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "factor")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicScaling:
@@ -31,6 +34,10 @@ class DynamicScaling:
 
     factor: float
     original_context: int
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "factor")
+        _check_context(self.original_context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,15 @@ class Llama3Scaling:
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "factor")
+        _check_context(self.original_context)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not (is_finite(low) and is_finite(high)) or low == high:
+            raise ValueError(
+                f"low_freq_factor and high_freq_factor must be two different finite numbers, not {low!r} and {high!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +79,19 @@ class YarnScaling:
     attention_factor: float
     truncate: bool
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "factor", "beta_fast", "beta_slow", "attention_factor")
+        _check_context(self.original_context)
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"truncate must be true or false, not {self.truncate!r}")
+
 
 RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a number, no truth value, and neither infinite nor NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def rope_angles(
@@ -122,6 +149,18 @@ def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all
     if mscale and mscale_all_dim:
         return magnitude(mscale) / magnitude(mscale_all_dim)
     return magnitude(1.0)
+
+
+def _check_positive(scaling: RopeScaling, *names: str) -> None:
+    for name in names:
+        value = getattr(scaling, name)
+        if not is_finite(value) or value <= 0:
+            raise ValueError(f"{name} must be a positive finite number, not {value!r}")
+
+
+def _check_context(context: int) -> None:
+    if not isinstance(context, int) or isinstance(context, bool) or context < 1:
+        raise ValueError(f"original_context must be a positive whole number, not {context!r}")
 
 
 def _dynamic_frequencies(head_dim: int, base: float, scaling: DynamicScaling, length_B: Array) -> Array:

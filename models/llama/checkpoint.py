@@ -19,6 +19,7 @@ from models.llama.pth import open_pth
 
 _COMPARED_BYTES = 16 * 2**20
 _MALFORMED = (TypeError, AttributeError, KeyError, ArithmeticError)  # a config with, say, text for a number
+_PART_OF_FOLDER = re.compile(r".*\.pth|pytorch_model.*\.bin|.*\.index\.json")
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope\.freqs")
 
 
@@ -67,6 +68,8 @@ def _recognise(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_file():
+        if _PART_OF_FOLDER.fullmatch(path.name):
+            raise ValueError(f"{path}: is only a part of a checkpoint; give its folder, {path.parent}")
         if path.suffix != ".safetensors":
             return path
         if not (path.parent / "config.json").is_file():

@@ -73,7 +73,7 @@ class LlamaConfig:
             raise ValueError(f"layer_windows has {len(self.layer_windows)} entries for {self.num_layers} layers")
         for window in self.layer_windows:
             if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-                raise ValueError(f"a sliding window must be a whole number of at least 1 token, not {window!r}")
+                raise ValueError(f"a sliding window must be a whole number of at least 1 token: {self.layer_windows}")
 
     @property
     def max_text_length(self) -> int:
@@ -380,7 +380,8 @@ def _number(name: str, value: Any) -> float:
 
 def _yarn_from_hf(rope: dict[str, Any], original: int, context: int) -> YarnScaling:
     factor = rope.pop("factor")
-    factor = context / _number("original_max_position_embeddings", original) if factor is None else factor
+    if factor is None:
+        factor = context / (_number("original_max_position_embeddings", original) or 1)  # YarnScaling refuses the 0
     factor = _number("factor", factor)
     mscale, mscale_all_dim = (_number(key, rope.pop(key, None) or 0) for key in ("mscale", "mscale_all_dim"))
     attention_factor = rope.pop("attention_factor", None)

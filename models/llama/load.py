@@ -58,12 +58,20 @@ def load_pretrained(
 
 
 def check_vocabulary(config: LlamaConfig, tokenizer: HasVocabulary) -> None:
-    """Raise ValueError if the tokenizer has ids for which the network has no embedding."""
+    """Raise ValueError if the tokenizer has ids, or names special ones, for which the network has no embedding.
+
+    Looks at `bos_id`, `eos_id` and `stop_ids` where the tokenizer has them.
+    """
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids but the network only {config.vocab_size}: "
             "they do not belong together"
         )
+    named = [(name, getattr(tokenizer, name, None)) for name in ("bos_id", "eos_id")]
+    named += [("stop id", token_id) for token_id in sorted(getattr(tokenizer, "stop_ids", ()))]
+    for name, token_id in named:
+        if token_id is not None and not 0 <= token_id < config.vocab_size:
+            raise ValueError(f"the tokenizer's {name} {token_id} is none of the network's {config.vocab_size} ids")
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> np.dtype:

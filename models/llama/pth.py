@@ -8,6 +8,7 @@ Source of the format: https://github.com/pytorch/pytorch, torch/serialization.py
 """
 
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
@@ -31,6 +32,7 @@ _STORAGES = {
 }
 _OLD_FORMAT = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch's magic number, pickled
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_MAX_PICKLE_BYTES = 100_000_000
 
 
 class _Storage(NamedTuple):
@@ -132,9 +134,28 @@ def _unpickle(archive: zipfile.ZipFile) -> tuple[str, Any]:
     if len(pickles) != 1:
         raise zipfile.BadZipFile("no data.pkl in the archive")
     prefix = pickles[0].removesuffix("data.pkl")
-    if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
-        raise ValueError("its numbers are big-endian")
-    return prefix, _TensorUnpickler(BytesIO(archive.read(pickles[0]))).load()
+    if f"{prefix}byteorder" in archive.namelist():
+        with archive.open(f"{prefix}byteorder") as file:
+            if file.read(7) != b"little":
+                raise ValueError("its numbers are big-endian")
+    info = archive.getinfo(pickles[0])
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"record {info.filename} is compressed, which PyTorch never does")
+    if info.file_size > _MAX_PICKLE_BYTES:
+        raise ValueError(f"record {info.filename} has {info.file_size} bytes, more than {_MAX_PICKLE_BYTES}")
+    data = archive.read(info)
+    _check_sizes(data)
+    return prefix, _TensorUnpickler(BytesIO(data)).load()
+
+
+def _check_sizes(data: bytes) -> None:
+    """Raise ValueError where a pickle makes the unpickler reserve much more memory than the pickle itself has.
+
+    The unpickler keeps its memo in a list as long as the largest index. Lengths beyond the end fail in `genops`.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        if "PUT" in opcode.name and argument > len(data):
+            raise ValueError(f"its pickle of {len(data)} bytes uses the memo index {argument}")
 
 
 def _records(archive: zipfile.ZipFile, prefix: str, file_size: int) -> dict[str, tuple[int, int]]:

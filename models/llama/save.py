@@ -69,7 +69,9 @@ def save_pretrained(
     tensors, or a single larger one.
 
     Everything is first written beside its final name and `config.json` comes last, so a save that is interrupted
-    leaves no folder that looks whole. An earlier save in the folder is replaced. Needs host memory for one tensor.
+    leaves no folder that looks whole. An earlier save in the folder is replaced: its weights always, its tokenizer
+    files where `tokenizer_from` is another folder; with None, tokenizer files that are there stay. Needs host memory
+    for one tensor.
 
     Raises ValueError for a network that no Hugging Face architecture describes, NotADirectoryError where a path is a
     file, FileNotFoundError where `tokenizer_from` is not there.
@@ -86,19 +88,34 @@ def save_pretrained(
 
     path.mkdir(parents=True, exist_ok=True)
     for stale in path.glob(f"*{_PARTIAL}"):
-        stale.unlink()
+        if _is_ours(stale.name.removesuffix(_PARTIAL)):
+            stale.unlink()
     names = _write_weights(path, sources, max_shard_bytes)
     for file in copied:
         shutil.copyfile(file, path / (file.name + _PARTIAL))
         names.append(file.name)
     _write_json(path / f"config.json{_PARTIAL}", config)
+    for name in (*names, "config.json"):
+        _flush(path / (name + _PARTIAL))
 
     (path / "config.json").unlink(missing_ok=True)
+    other_tokenizer = tokenizer_from is not None and not path.samefile(tokenizer_from)
     for old in path.iterdir():
-        if _OUR_WEIGHTS.fullmatch(old.name):
+        if _OUR_WEIGHTS.fullmatch(old.name) or (other_tokenizer and old.name in _TOKENIZER_FILES):
             old.unlink()
     for name in (*names, "config.json"):
         os.replace(path / (name + _PARTIAL), path / name)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a save may write a file of that name."""
+    return name == "config.json" or name in _TOKENIZER_FILES or _OUR_WEIGHTS.fullmatch(name) is not None
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk, so that a crash after its renaming cannot leave it empty."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _sources(model: LLaMa, dtype: np.dtype | None) -> dict[str, _Source]:

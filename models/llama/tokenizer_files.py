@@ -5,12 +5,24 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 _LFS_POINTER = b"version https://git-lfs"
+_TOKEN_ID = re.compile("[0-9]{1,9}")
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bos_token": (str, dict),
+    "eos_token": (str, dict),
+    "pad_token": (str, dict),
+    "tokenizer_class": (str,),
+    "additional_special_tokens": (list,),
+    "extra_special_tokens": (list, dict),
+    "added_tokens_decoder": (dict,),
+    "chat_template": (str, list, dict),
+}
 _GPT2_CLASSES = ("GPT2", "PreTrainedTokenizer", "TokenizersBackend")
 
 
@@ -39,8 +51,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
     Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja, config.json,
     generation_config.json and Meta's params.json, each of which may be missing. Raises ValueError for a malformed one.
     """
-    special_map = _read_object(folder / "special_tokens_map.json")
-    config = special_map | _read_object(folder / "tokenizer_config.json")
+    config = _read_tokens(folder / "special_tokens_map.json") | _read_tokens(folder / "tokenizer_config.json")
     generation = _read_object(folder / "generation_config.json")
     model = _read_object(folder / "config.json")
     ids = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]
@@ -56,10 +67,10 @@ def read_settings(folder: Path) -> TokenizerSettings:
         add_bos_token=add_bos if isinstance(add_bos, bool) else None,
         add_prefix_space=config.get("add_prefix_space") is True,
         tokenizer_class=config.get("tokenizer_class"),
-        extra_special_tokens=_extra_special_tokens(config),
+        extra_special_tokens=tuple(content for content in map(_content, _extra_special_tokens(config)) if content),
         added_tokens=_added_tokens(folder, config),
         chat_template=_chat_template(folder, config),
-        exact_vocab_size=vocab_size if isinstance(vocab_size, int) and vocab_size > 0 else None,
+        exact_vocab_size=vocab_size if type(vocab_size) is int and vocab_size > 0 else None,
     )
 
 
@@ -113,7 +124,7 @@ def parse_byte_level_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, 
     """
     read_bytes(folder / "vocab.json")
     vocab = _read_object(folder / "vocab.json")
-    if not vocab or not all(isinstance(value, int) for value in vocab.values()):
+    if not vocab or not all(type(value) is int and 0 <= value < 2**32 for value in vocab.values()):
         raise ValueError(f"{folder / 'vocab.json'}: expected a JSON object of token -> id")
     path = folder / "merges.txt"
     try:
@@ -195,11 +206,33 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(value).__name__}")
     return value
+
+
+def _read_tokens(path: Path) -> dict[str, Any]:
+    """Read tokenizer_config.json or special_tokens_map.json; raises ValueError for values of the wrong kind."""
+    config = _read_object(path)
+    for key, kinds in _KINDS.items():
+        if not isinstance(config.get(key), (*kinds, type(None))):
+            names = " or ".join({str: "a string", list: "a list", dict: "an object"}[kind] for kind in kinds)
+            raise ValueError(f"{path}: {key} must be {names}, not {str(config[key])[:80]}")
+    tokens = [config.get(key) for key in ("bos_token", "eos_token", "pad_token")]
+    for token in (*(token for token in tokens if token is not None), *_extra_special_tokens(config)):
+        if _content(token) is None:
+            raise ValueError(f"{path}: {str(token)[:80]} is no token, which is a string or an object with `content`")
+    for token_id, token in (config.get("added_tokens_decoder") or {}).items():
+        if not _TOKEN_ID.fullmatch(token_id) or not isinstance(token, dict) or not _content(token):
+            raise ValueError(
+                f"{path}: added_tokens_decoder entry {token_id[:80]!r} is not an id with a token's content"
+            )
+    templates = config.get("chat_template")
+    if isinstance(templates, list) and not all(isinstance(entry, dict) for entry in templates):
+        raise ValueError(f"{path}: chat_template is a list of other things than objects with `name` and `template`")
+    return config
 
 
 def _content(token: Any) -> str | None:
@@ -223,21 +256,20 @@ def _first_id(*configs: Mapping[str, Any], key: str) -> int | None:
     return next((i for config in configs for i in _ids(config.get(key))), None)
 
 
-def _extra_special_tokens(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _extra_special_tokens(config: Mapping[str, Any]) -> list[Any]:
     listed = config.get("additional_special_tokens") or []
     extra = config.get("extra_special_tokens") or []
-    listed = [*listed, *(extra.values() if isinstance(extra, Mapping) else extra)]
-    return tuple(content for content in map(_content, listed) if content)
+    return [*listed, *(extra.values() if isinstance(extra, Mapping) else extra)]
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
-    path = folder / "tokenizer_config.json"
+    path = folder / "added_tokens.json"
     added: dict[int, Mapping[str, Any]] = {}
-    for content, token_id in _read_object(folder / "added_tokens.json").items():
+    for content, token_id in _read_object(path).items():
+        if type(token_id) is not int or token_id < 0:
+            raise ValueError(f"{path}: token {content[:80]!r} has the id {str(token_id)[:80]!r}, expected a number")
         added[token_id] = {"content": content, "special": False}
     for token_id, token in (config.get("added_tokens_decoder") or {}).items():
-        if not token_id.isdigit() or not _content(token):
-            raise ValueError(f"{path}: added_tokens_decoder entry {token_id!r} is not an id with a token's content")
         added[int(token_id)] = token
     return dict(sorted(added.items()))
 
@@ -245,8 +277,13 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, Mapping[
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    elif isinstance(template, dict):
+        template = template.get("default")
     return template if isinstance(template, str) else None

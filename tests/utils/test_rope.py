@@ -1,5 +1,6 @@
 """Rotary frequencies and angles against `transformers`, and against the formulas in float64."""
 
+import dataclasses
 import math
 
 import jax
@@ -239,3 +240,38 @@ def test_angles_equal_those_of_transformers(case):
     angle = np.arange(12)[:, None] * inverse.double().numpy()
     np.testing.assert_allclose(cos[0], np.cos(angle) * magnitude, atol=3e-6)
     np.testing.assert_allclose(sin[0], np.sin(angle) * magnitude, atol=3e-6)
+
+
+BAD_NUMBERS = (0, -1.0, math.nan, math.inf, True, None, "2", [2.0])
+BAD_CONTEXTS = (0, -1, 2.0, True, None, "8")
+DYNAMIC = DynamicScaling(factor=2.0, original_context=8)
+STRETCHED = Llama3Scaling(**LLAMA_3_1, original_context=8)
+
+
+@pytest.mark.parametrize(
+    "scaling,field,values",
+    [
+        (LinearScaling(factor=2.0), "factor", BAD_NUMBERS),
+        (DYNAMIC, "factor", BAD_NUMBERS),
+        (DYNAMIC, "original_context", BAD_CONTEXTS),
+        (STRETCHED, "factor", BAD_NUMBERS),
+        (STRETCHED, "original_context", BAD_CONTEXTS),
+        (STRETCHED, "low_freq_factor", (4.0, math.nan, math.inf, None, True)),
+        (STRETCHED, "high_freq_factor", (1.0, math.nan, math.inf, "4", True)),
+        (yarn(), "factor", BAD_NUMBERS),
+        (yarn(), "original_context", BAD_CONTEXTS),
+        (yarn(), "beta_fast", BAD_NUMBERS),
+        (yarn(), "beta_slow", BAD_NUMBERS),
+        (yarn(), "attention_factor", BAD_NUMBERS),
+        (yarn(), "truncate", (None, 1, "false")),
+    ],
+)
+def test_senseless_scalings_are_refused(scaling, field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=field) as caught:
+            dataclasses.replace(scaling, **{field: value})
+        assert repr(value) in str(caught.value)
+
+
+def test_a_factor_below_one_is_allowed():
+    assert LinearScaling(factor=0.5).factor == 0.5

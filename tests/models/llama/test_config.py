@@ -1,6 +1,7 @@
 """The config: its own checks, and its translation from and to config.json."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -25,6 +26,20 @@ def llama(**changes) -> LlamaConfig:
         (dict(rms_norm_eps=0.0), ["rms_norm_eps", "0.0"]),
         (dict(rope_theta=-1.0), ["rope_theta", "-1.0"]),
         (dict(rope_theta=float("nan")), ["rope_theta", "nan"]),
+        (dict(rope_theta=float("inf")), ["rope_theta", "inf"]),
+        (dict(rope_theta="1e4"), ["rope_theta", "'1e4'"]),
+        (dict(rms_norm_eps=float("inf")), ["rms_norm_eps", "inf"]),
+        (dict(rms_norm_eps=True), ["rms_norm_eps", "True"]),
+        (dict(initializer_range=-0.1), ["initializer_range", "-0.1"]),
+        (dict(initializer_range=float("nan")), ["initializer_range", "nan"]),
+        (dict(tie_embeddings="false"), ["tie_embeddings", "'false'"]),
+        (dict(gated=1), ["gated", "1"]),
+        (dict(qkv_bias=None), ["qkv_bias", "None"]),
+        (dict(out_bias="no"), ["out_bias", "'no'"]),
+        (dict(mlp_bias=0), ["mlp_bias", "0"]),
+        (dict(qk_norm=[]), ["qk_norm", "[]"]),
+        (dict(layer_windows=(None, 2.5)), ["2.5"]),
+        (dict(layer_windows=(True, None)), ["True"]),
         (dict(num_kv_heads=3), ["num_heads 4", "num_kv_heads 3"]),
         (dict(head_dim=7), ["head_dim", "7"]),
         (dict(activation="tanh"), ["'tanh'", "silu"]),
@@ -84,6 +99,7 @@ def stretched(factor):
     )
 
 
+YARN = YarnScaling(factor=4.0, original_context=100, beta_fast=32.0, beta_slow=1.0, attention_factor=1.0, truncate=True)
 LLAMA_3_SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 
 REAL = {
@@ -200,7 +216,7 @@ REAL = {
                 original_context=32768,
                 beta_fast=32.0,
                 beta_slow=1.0,
-                attention_factor=pytest.approx(1.1386294361),
+                attention_factor=1 + 0.1 * math.log(4),
                 truncate=True,
             )
         ),
@@ -343,6 +359,81 @@ def test_what_cannot_be_honoured_is_refused_by_name(changes, words):
     with pytest.raises(ValueError) as caught:
         llama(**changes)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(rope_scaling="linear"), ["rope_scaling", "'linear'"]),
+    (dict(rope_parameters=[1]), ["rope_parameters", "[1]"]),
+    (dict(quantization_config="gptq"), ["quantization_config", "'gptq'"]),
+    (dict(architectures="LlamaForCausalLM"), ["architectures"]),
+    (dict(architectures=[["LlamaForCausalLM"]]), ["architectures"]),
+    (dict(architectures=None, model_type=["llama"]), ["model_type"]),
+    (dict(hidden_act=["silu"]), ["hidden_act", "['silu']"]),
+    (dict(hidden_size="32"), ["hidden_size", "'32'"]),
+    (dict(num_attention_heads=0), ["num_attention_heads", "0"]),
+    (dict(num_hidden_layers=2.0), ["num_hidden_layers", "2.0"]),
+    (dict(max_position_embeddings=[4]), ["max_position_embeddings", "[4]"]),
+    (dict(rope_theta=[1]), ["rope_theta", "[1]"]),
+    (dict(rope_theta=10**400), ["rope_theta", "10000"]),
+    (dict(rms_norm_eps="1e-5"), ["rms_norm_eps", "'1e-5'"]),
+    (dict(initializer_range=[]), ["initializer_range", "[]"]),
+    (dict(attention_bias="false"), ["attention_bias", "'false'"]),
+    (dict(tie_word_embeddings="false"), ["tie_word_embeddings", "'false'"]),
+    (dict(layer_types=[[1]] * 2), ["layer_types"]),
+    (dict(layer_types=5), ["layer_types"]),
+    (dict(architectures=["MistralForCausalLM"], sliding_window="5"), ["sliding_window", "'5'"]),
+    (dict(architectures=["Qwen2ForCausalLM"], max_window_layers=[2]), ["max_window_layers", "[2]"]),
+    (dict(rope_scaling=dict(type="linear", factor=[2.0])), ["factor", "[2.0]"]),
+    (dict(rope_scaling=dict(type="linear", factor=0)), ["factor", "0"]),
+    (dict(rope_scaling=dict(type=["linear"], factor=2.0)), ["['linear']"]),
+    (dict(rope_scaling=dict(type="dynamic", factor=None)), ["factor", "None"]),
+    (dict(rope_scaling=dict(type="linear", factor=2.0, rope_theta={})), ["rope_theta", "{}"]),
+    (dict(rope_scaling=dict(type="yarn", factor=2.0, original_max_position_embeddings="8")), ["'8'"]),
+    (dict(rope_scaling=dict(type="yarn", factor=None, original_max_position_embeddings=[])), ["[]"]),
+    (dict(rope_scaling=dict(type="yarn", factor=None, original_max_position_embeddings=0)), ["original", "0"]),
+    (dict(rope_scaling=dict(type="yarn", factor=2.0, beta_fast={1: 2})), ["beta_fast"]),
+    (dict(rope_scaling=dict(type="yarn", factor=2.0, mscale="a", mscale_all_dim=1)), ["mscale", "'a'"]),
+    (dict(rope_scaling=dict(type="yarn", factor=2.0, truncate="no")), ["truncate", "'no'"]),
+    (
+        dict(rope_scaling=dict(type="llama3", factor=8.0, low_freq_factor=1, high_freq_factor="4")),
+        ["high_freq_factor", "'4'"],
+    ),
+])  # fmt: skip
+def test_values_of_the_wrong_kind_are_refused_by_name(changes, words):
+    test_what_cannot_be_honoured_is_refused_by_name(changes, words)
+
+
+def test_bookkeeping_is_harmless_but_invented_keys_are_not():
+    assert llama(attn_implementation="sdpa", _flash_attn_2_enabled=True) == CONFIG
+    for key in ("num_nextn_predict_layers_unused", "architectures_version"):
+        with pytest.raises(ValueError, match=key):
+            llama(**{key: 1})
+
+
+def test_dynamic_scaling_of_another_context_is_not_written():
+    scaling = DynamicScaling(factor=2.0, original_context=128)
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling, max_position_embeddings=256)
+    with pytest.raises(ValueError, match=r"original_context 128 .* max_position_embeddings 256"):
+        config_to_hf(config)
+    config = dataclasses.replace(config, max_position_embeddings=128)
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
+    "scaling,expected",
+    [
+        (None, 256),
+        (LinearScaling(factor=4.0), 256),
+        (LLAMA_3_SCALING, 256),
+        (DynamicScaling(factor=2.5, original_context=128), 320),
+        (DynamicScaling(factor=1.5, original_context=128), 256),
+        (YARN, 400),
+        (dataclasses.replace(YARN, factor=2.0), 256),
+    ],
+)
+def test_the_longest_text_counts_what_scaling_adds(scaling, expected):
+    config = dataclasses.replace(CONFIG, max_position_embeddings=256, rope_scaling=scaling)
+    assert config.max_text_length == expected and isinstance(config.max_text_length, int)
 
 
 def test_keys_that_are_switched_off_are_harmless():

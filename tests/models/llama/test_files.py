@@ -9,7 +9,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from models.llama.files import JoinedTensor, StoredTensor, join, open_indexed, open_safetensors, write_safetensors
+from models.llama.files import (
+    JoinedTensor,
+    StoredTensor,
+    join,
+    open_indexed,
+    open_safetensors,
+    read_json,
+    write_safetensors,
+)
 from models.llama.pth import open_pth
 from tests.models.llama import checkpoints
 from tests.models.llama.checkpoints import call, name_of, pickled, rebuilt, stored, write_pth
@@ -331,16 +339,36 @@ def test_pth_with_a_broken_pickle(tmp_path):
             open_pth(pth(tmp_path / "cut.pth", program[:length]))
 
 
+def test_pickles_that_ask_for_much_memory_are_refused(tmp_path, monkeypatch):
+    for program in (b"\x80\x02}r\xff\xff\xff\x3f.", b"}p1073741823\n."):
+        with pytest.raises(ValueError, match=r"x\.pth: refused: .* memo index 1073741823"):
+            open_pth(pth(tmp_path / "x.pth", program))
+    monkeypatch.setattr("models.llama.pth._MAX_PICKLE_BYTES", 9)
+    with pytest.raises(ValueError, match=r"x\.pth: refused: record archive/data\.pkl has 10 bytes, more than 9"):
+        open_pth(pth(tmp_path / "x.pth", b"\x80\x02}q\x00000\x00."))
+
+
 def test_compressed_and_big_endian_archives_are_refused(tmp_path):
     program = pickled({"w": rebuilt(stored("FloatStorage", "0", 24), 0, (24,), (1,))})
-    write_pth(tmp_path / "x.pth", program, {"0": NUMBERS.tobytes()}, compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match=r"x\.pth: .*data/0 is compressed"):
-        open_pth(tmp_path / "x.pth")
+    for name in ("data.pkl", "data/0"):
+        with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+            for record, data in (("data.pkl", program), ("data/0", NUMBERS.tobytes())):
+                method = zipfile.ZIP_DEFLATED if record == name else zipfile.ZIP_STORED
+                archive.writestr(f"archive/{record}", data, method)
+        with pytest.raises(ValueError, match=rf"x\.pth: .*{name} is compressed"):
+            open_pth(tmp_path / "x.pth")
     with zipfile.ZipFile(tmp_path / "y.pth", "w") as archive:
         archive.writestr("archive/data.pkl", program)
         archive.writestr("archive/byteorder", b"big")
     with pytest.raises(ValueError, match=r"y\.pth: .*big-endian"):
         open_pth(tmp_path / "y.pth")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "[1]", "\xff", "{"])
+def test_json_that_holds_no_object(tmp_path, text):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        read_json(tmp_path / "config.json")
 
 
 # joined parts

@@ -441,9 +441,9 @@ def test_output_matrix_of_tied_embeddings(tmp_path):
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised weights (quant_method 'gptq')"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"num_local_experts": 8}, "num_local_experts"),
-        ({"hidden_size": "32", "head_dim": None}, "a value of the wrong kind"),
-        ({"num_attention_heads": 0, "head_dim": None}, "a value of the wrong kind"),
-        ({"quantization_config": "gptq"}, "a value of the wrong kind"),
+        ({"hidden_size": "32", "head_dim": None}, "hidden_size must be a positive whole number, not '32'"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads must be a positive whole number, not 0"),
+        ({"quantization_config": "gptq"}, "quantization_config must be an object, not 'gptq'"),
         ({"num_attention_heads": 3}, "num_heads 3 is not a multiple of num_kv_heads 2"),
     ],
 )
@@ -551,6 +551,37 @@ def test_vocabulary():
     check_vocabulary(replace(TINY, vocab_size=64), Tokenizer())  # padded embeddings
     with pytest.raises(ValueError, match="the tokenizer has 48 ids but the network only 47"):
         check_vocabulary(replace(TINY, vocab_size=47), Tokenizer())
+
+
+@pytest.mark.parametrize("field,value", [("bos_id", 48), ("eos_id", -1), ("stop_ids", frozenset({3, 50}))])
+def test_special_ids_that_the_network_lacks(field, value):
+    class Tokenizer:
+        vocab_size = 48
+        bos_id, eos_id, stop_ids = None, 47, frozenset({47})
+
+    tokenizer = Tokenizer()
+    check_vocabulary(replace(TINY, vocab_size=48), tokenizer)
+    setattr(tokenizer, field, value)
+    number = 50 if field == "stop_ids" else value
+    with pytest.raises(ValueError, match=f"{field[:4]}.* {number} is none of the network's 48 ids"):
+        check_vocabulary(replace(TINY, vocab_size=48), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "consolidated.00.pth",
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+    ],
+)
+def test_a_part_of_a_checkpoint_is_no_checkpoint(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK\x03\x04" * 20)
+    refuses(tmp_path / name, f"{name}: is only a part of a checkpoint; give its folder, {tmp_path}")
+    with pytest.raises(ValueError, match="only a part of a checkpoint"):
+        load_config(tmp_path / name)
 
 
 def test_the_network_is_an_ordinary_one(hf):

@@ -99,11 +99,14 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
 def test_a_later_save_replaces_an_earlier_one(tmp_path):
     save_pretrained(random_model(TINY), tmp_path, max_shard_bytes=1)
     (tmp_path / "model-00009-of-00009.safetensors.partial").write_text("of a save that was killed")
+    for name in ("tokenizer.json", "config.json", "model.safetensors.index.json"):
+        (tmp_path / f"{name}.partial").write_text("of a save that was killed")
     (tmp_path / "notes.txt").write_text("someone's")
+    (tmp_path / "film.mkv.partial").write_text("someone's")
     (tmp_path / "model-card.safetensors").write_text("someone's")
     model = random_model(FAMILIES["qwen3"], seed=1)
     save_pretrained(model, tmp_path)
-    names = {"config.json", "model.safetensors", "notes.txt", "model-card.safetensors"}
+    names = {"config.json", "model.safetensors", "notes.txt", "film.mkv.partial", "model-card.safetensors"}
     assert {p.name for p in tmp_path.iterdir()} == names
     assert_same_weights(load_pretrained(tmp_path), model)
 
@@ -179,6 +182,45 @@ def test_tokenizer_files_and_ids_come_along(tmp_path):
     assert json.loads((target / "config.json").read_text()) == raw
     with pytest.raises(FileNotFoundError, match="elsewhere: no such folder"):
         save_pretrained(model, target, tokenizer_from=tmp_path / "elsewhere")
+
+
+def test_a_tokenizer_of_an_earlier_save_goes_when_another_comes(tmp_path):
+    first, second, target = (tmp_path / name for name in ("first", "second", "target"))
+    earlier = ("vocab.json", "merges.txt", "tokenizer_config.json")
+    for folder, names in ((first, earlier), (second, ("tokenizer.json",))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(f'{{"of": "{folder.name}"}}')
+    model = random_model(TINY)
+    save_pretrained(model, target, tokenizer_from=first)
+    names = {path.name for path in target.iterdir()}
+    assert names > set(earlier)
+    save_pretrained(model, target)
+    (tmp_path / "link").symlink_to(target)
+    save_pretrained(model, target, tokenizer_from=tmp_path / "link")
+    assert {path.name for path in target.iterdir()} == names, "without another tokenizer it stays"
+    save_pretrained(model, target, tokenizer_from=second)
+    assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "tokenizer.json").write_text("{}")
+    target, flushed = tmp_path / "target", []
+    fsync, rename = os.fsync, os.replace
+
+    def flush(number):
+        flushed.append(os.stat(number).st_ino)
+        fsync(number)
+
+    def replace_(old, new):
+        assert {path.stat().st_ino for path in target.iterdir()} <= set(flushed)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", replace_)
+    save_pretrained(random_model(TINY), target, tokenizer_from=tmp_path / "from", max_shard_bytes=10_000)
+    assert len(set(flushed)) == len([*target.iterdir()]) > 4
 
 
 def test_refused_targets_and_networks(tmp_path):

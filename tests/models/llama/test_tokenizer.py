@@ -4,6 +4,7 @@ import base64
 import json
 import pickle
 import random
+import re
 import time
 
 import numpy as np
@@ -410,6 +411,72 @@ def test_named_tokens_of_the_vocabulary_become_special(folders, tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert dict(tokenizer.special_tokens) == {"<|start|>": 1, "<|stop|>": 2}
     assert tokenizer.encode("<|start|>", allow_special=True) == [1] and len(tokenizer.encode("<|start|>")) > 1
+
+
+_DEEP = '{"a": ' * 100_000
+
+
+@pytest.mark.parametrize(
+    "name,content",
+    [
+        ("added_tokens.json", {"<a>": "400"}),
+        ("added_tokens.json", {"<a>": True}),
+        ("added_tokens.json", {"<a>": -1}),
+        ("added_tokens.json", {"<a>": None}),
+        ("added_tokens.json", {"<a>": [400]}),
+        ("added_tokens.json", ["<a>"]),
+        ("added_tokens.json", _DEEP),
+        ("tokenizer_config.json", {"added_tokens_decoder": [{"content": "<a>"}]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": 5}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"400": 5}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"400": "<a>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"²": {"content": "<a>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "<a>"}}}),
+        ("tokenizer_config.json", {"chat_template": ["x"]}),
+        ("tokenizer_config.json", {"chat_template": 5}),
+        ("tokenizer_config.json", {"bos_token": 5}),
+        ("tokenizer_config.json", {"eos_token": {"content": 5}}),
+        ("tokenizer_config.json", {"tokenizer_class": 5}),
+        ("tokenizer_config.json", {"additional_special_tokens": 5}),
+        ("tokenizer_config.json", {"additional_special_tokens": [5]}),
+        ("tokenizer_config.json", {"extra_special_tokens": "<a>"}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"a": ["<a>"]}}),
+        ("tokenizer_config.json", _DEEP),
+        ("special_tokens_map.json", {"pad_token": ["<a>"]}),
+        ("special_tokens_map.json", 5),
+        ("special_tokens_map.json", _DEEP),
+        ("generation_config.json", _DEEP),
+        ("config.json", _DEEP),
+        ("params.json", [1]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab+merges"])
+def test_malformed_settings_are_refused_by_name(folders, tmp_path, kind, name, content):
+    for file in folders[kind].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / name))}: "):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("token_id", [True, -1, 2**40])
+def test_vocabularies_with_senseless_ids_are_refused(folders, tmp_path, token_id):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((folders["vocab+merges"] / name).read_bytes())
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"new": token_id}))
+    with pytest.raises(ValueError, match=r"vocab\.json: expected a JSON object of token -> id"):
+        load_tokenizer(tmp_path)
+
+
+def test_chat_templates_by_name_and_in_no_encoding(folders, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((folders["tokenizer.json"] / "tokenizer.json").read_bytes())
+    for template in ("x", {"default": "x"}, [{"name": "tool"}, {"name": "default", "template": "x"}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert load_tokenizer(tmp_path).chat_template == "x"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: not UTF-8"):
+        load_tokenizer(tmp_path)
 
 
 def test_tokens_that_only_tokenizer_config_lists(folders, tmp_path):
