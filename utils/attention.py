@@ -6,56 +6,19 @@ Letters as in `utils.ops`.
 
 import math
 import re
-from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 
+from utils.blockwise import attend_blockwise
+from utils.masks import Mask
 from utils.ops import attend
-from utils.shapes import Array, Bool, Float, Number
+from utils.shapes import Array, Float, Number
+
+__all__ = ["IMPLEMENTATIONS", "Mask", "attention", "choose"]
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 _LANES = 128  # Splash attention works on blocks of this many positions and heads of multiples of this size.
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Mask:
-    """Which keys a query may read: those that all given parts allow.
-
-    Query t of row b stands at place `offset_B`[b] + t on the axis of the keys (None: at t).
-    causal: no key behind the query. window: the query's own place and the window - 1 before it (implies causal;
-    an int, or a traced scalar which XLA alone takes). segments: keys of the query's own segment number.
-    key_length_B: only the first so many keys of the row.
-    """
-
-    causal: bool = field(default=True, metadata={"static": True})
-    window: int | Array | None = None
-    offset_B: Array | None = None
-    key_length_B: Array | None = None
-    query_segments_BT: Array | None = None
-    key_segments_BS: Array | None = None
-
-    def with_window(self, window: int | Array | None) -> "Mask":
-        """The same mask with that window."""
-        return replace(self, window=window)
-
-    def draw(self, num_queries: int, num_keys: int) -> Bool[Array, "B T S"]:
-        """allowed_BTS, bool; B is 1 where rows do not differ."""
-        query_BT = jnp.arange(num_queries)[None, :]
-        if self.offset_B is not None:
-            query_BT = query_BT + self.offset_B[:, None]
-        query_BT1, key_11S = query_BT[:, :, None], jnp.arange(num_keys)[None, None, :]
-        allowed_BTS = jnp.ones((1, num_queries, num_keys), bool)
-        if self.causal or self.window is not None:
-            allowed_BTS &= key_11S <= query_BT1
-        if self.window is not None:
-            allowed_BTS &= query_BT1 - key_11S < self.window
-        if self.key_length_B is not None:
-            allowed_BTS &= key_11S < self.key_length_B[:, None, None]
-        if self.query_segments_BT is not None:
-            allowed_BTS &= self.query_segments_BT[:, :, None] == self.key_segments_BS[:, None, :]
-        return allowed_BTS
 
 
 def attention(
@@ -80,6 +43,8 @@ def attention(
         return _attend_cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale)
     if implementation == "splash":
         return _attend_splash(q_BTNH, k_BSKH, v_BSKH, mask, scale)
+    if q_BTNH.shape[1] > 1 and mask.offset_B is None:
+        return attend_blockwise(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale)
     return attend(q_BTNH, k_BSKH, v_BSKH, mask.draw(q_BTNH.shape[1], k_BSKH.shape[1]), scale=scale)
 
 

@@ -7,13 +7,16 @@ suffix letters are the einsum letters:
     T  query positions        F  feed-forward width     K  key/value heads
     S  key positions          V  vocabulary             G  query heads per key/value head, N / K
     L  layers                 H  head size              P  rotary pairs, H / 2
+    R  rank of a low-rank adapter
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from utils.shapes import Array, Bool, DTypeLike, Float, Number
 
@@ -25,8 +28,35 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """A weight with a low-rank change to it, base + scale a b, which `contract` takes in place of the sum.
+
+    `a` has the contracted letters of the base and R, `b` R and the others. With a `key`, `dropout` is the share of the
+    inputs of `a` that are zeroed. Source: arXiv:2106.09685, eq. 3.
+    """
+
+    base: Array
+    a: Array
+    b: Array
+    scale: float = field(metadata={"static": True})
+    dropout: float = field(default=0.0, metadata={"static": True})
+    key: Array | None = None
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zero a share `rate` of x and divide the rest by 1 - rate; x itself where `key` is None or the rate 0.
+
+    Source: arXiv:1207.0580, with the division at training time.
+    """
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
 def contract(
-    spec: str, x_BT: Float[Array, "B T ..."], weight: Float[Array, "..."], *, dtype: DTypeLike | None = None
+    spec: str, x_BT: Float[Array, "B T ..."], weight: Float[Array, "..."] | LowRank, *, dtype: DTypeLike | None = None
 ) -> Float[Array, "B T ..."]:
     """Einsum of activations that begin with the letters B and T with a weight; the result begins with B and T too.
 
@@ -35,9 +65,58 @@ def contract(
 
     `dtype` is the dtype of the result; by default that of the operands.
     """
+    if isinstance(weight, LowRank):
+        return _contract_low_rank(spec, x_BT, weight, dtype)
     if x_BT.shape[:2] == (1, 1):
         return jnp.einsum(spec.replace("BT", ""), x_BT[0, 0], weight, preferred_element_type=dtype)[None, None]
-    return jnp.einsum(spec, x_BT, weight, preferred_element_type=dtype)
+    return _contract(spec, None if dtype is None else jnp.dtype(dtype), x_BT, weight)
+
+
+def _contract_low_rank(spec: str, x_BT: Array, weight: LowRank, dtype: DTypeLike | None) -> Array:
+    operands, result = spec.split("->")
+    x_letters = operands.split(",")[0]
+    inner, outer = x_letters.replace("BT", ""), result.replace("BT", "")
+    a, b = (factor.astype(x_BT.dtype) for factor in (weight.a, weight.b))
+    small_BTR = contract(f"{x_letters},{inner}R->BTR", dropout(x_BT, weight.dropout, weight.key), a)
+    change_BT = contract(f"BTR,R{outer}->{result}", small_BTR, b, dtype=dtype)
+    return contract(spec, x_BT, weight.base, dtype=dtype) + weight.scale * change_BT
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(spec: str, dtype: np.dtype | None, x: Array, weight: Array) -> Array:
+    return jnp.einsum(spec, x, weight, preferred_element_type=dtype)
+
+
+def _contract_forward(spec: str, dtype: np.dtype | None, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return jnp.einsum(spec, x, weight, preferred_element_type=dtype), (x, weight)
+
+
+def _contract_backward(
+    spec: str, dtype: np.dtype | None, saved: tuple[Array, Array], dout: Array
+) -> tuple[Array, Array]:
+    """Both gradients; that of the weight turns the smaller operand.
+
+    One of the two must be turned to contract over B and T. Left to itself XLA's CPU backend turns the output's
+    gradient, along with all that it can fuse into it, element by element, which takes several times the product.
+    """
+    x, weight = saved
+    (x_letters, weight_letters), out_letters = spec.split("->")[0].split(","), spec.split("->")[1]
+    dout = dout.astype(jnp.result_type(x, weight))
+    dx = jnp.einsum(f"{out_letters},{weight_letters}->{x_letters}", dout, weight)
+    inner, outer = x_letters.replace("BT", ""), out_letters.replace("BT", "")
+    if x.size <= dout.size:
+        first = inner + outer
+        dweight = jnp.einsum(f"{x_letters},{out_letters}->{first}", x, dout)
+    else:
+        first = outer + inner
+        dweight = jnp.einsum(f"{out_letters},{x_letters}->{first}", dout, x)
+    if first != weight_letters:  # the barrier keeps XLA from undoing the choice
+        order = [first.index(letter) for letter in weight_letters]
+        dweight = jax.lax.optimization_barrier(dweight).transpose(order)
+    return dx.astype(x.dtype), dweight.astype(weight.dtype)
+
+
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 def rms_norm(x_BTD: Float[Array, "*BT D"], scale_D: Float[Array, "D"], *, eps: Number) -> Float[Array, "*BT D"]:
@@ -100,11 +179,11 @@ def attend(
 
 def feed_forward(
     x_BTD: Float[Array, "B T D"],
-    up_DF: Float[Array, "D F"],
-    down_FD: Float[Array, "F D"],
+    up_DF: Float[Array, "D F"] | LowRank,
+    down_FD: Float[Array, "F D"] | LowRank,
     *,
     activation: str,
-    gate_DF: Float[Array, "D F"] | None = None,
+    gate_DF: Float[Array, "D F"] | LowRank | None = None,
     biases: tuple[Float[Array, "F"] | None, Float[Array, "F"] | None, Float[Array, "D"] | None] = (None, None, None),
 ) -> Float[Array, "B T D"]:
     """The position-wise feed-forward layer: gated, act(x gate) * (x up) down, or plain, act(x up) down.

@@ -49,3 +49,8 @@ def named_sharding(letters: str, shape: Sequence[int], mesh: Mesh) -> NamedShard
                 f"of the mesh axis {axis!r}"
             )
     return NamedSharding(mesh, spec)
+
+
+def batch_spec(mesh: Mesh) -> PartitionSpec:
+    """Rows are cut over the mesh axes `data` and `fsdp`, as far as the mesh has them."""
+    return PartitionSpec(tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names) or None)
