@@ -10,7 +10,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -32,12 +32,22 @@ def run(command: Callable[..., None], argv: Sequence[str] | None = None) -> None
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     argv = list(sys.argv[1:] if argv is None else argv)
     name = os.path.basename(sys.argv[0])
-    try:
+    with one_line_errors(name, lack_of_memory="lower --batch_size, --n or --max_new_tokens"):
         flags = None if argv == ["help"] else _flags(argv, inspect.signature(command).parameters)
         if flags is None:
             _print_help(command, name)
         else:
             command(**_values(command, flags))
+
+
+@contextlib.contextmanager
+def one_line_errors(name: str, *, lack_of_memory: str = "make the batch smaller") -> Iterator[None]:
+    """Turn the errors that `run` lists into one line of the program `name` and its exit codes.
+
+    `lack_of_memory` is the advice where there is too little.
+    """
+    try:
+        yield
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,7 +60,7 @@ def run(command: Callable[..., None], argv: Sequence[str] | None = None) -> None
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("ROPEWALK_DEBUG") or not _is_lack_of_memory(error):
             raise
-        sys.exit(_say(name, "not enough memory: lower --batch_size, --n or --max_new_tokens", 2))
+        sys.exit(_say(name, f"not enough memory: {lack_of_memory}", 2))
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
