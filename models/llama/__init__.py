@@ -3,7 +3,9 @@
 from models.llama.checkpoint import load_config
 from models.llama.config import LlamaConfig
 from models.llama.load import check_vocabulary, load_pretrained
+from models.llama.lora import LoraConfig, add_lora, merge_lora, remove_lora
 from models.llama.model import LLaMa, TransformerBlock
+from models.llama.peft import load_peft, save_peft
 from models.llama.presets import PRESETS
 from models.llama.save import save_pretrained
 from models.llama.tokenizer import load_tokenizer
@@ -12,10 +14,16 @@ __all__ = [
     "PRESETS",
     "LLaMa",
     "LlamaConfig",
+    "LoraConfig",
     "TransformerBlock",
+    "add_lora",
     "check_vocabulary",
     "load_config",
+    "load_peft",
     "load_pretrained",
     "load_tokenizer",
+    "merge_lora",
+    "remove_lora",
+    "save_peft",
     "save_pretrained",
 ]

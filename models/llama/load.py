@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from models.llama.checkpoint import Checkpoint, open_checkpoint
 from models.llama.config import LlamaConfig
 from models.llama.files import Tensor
+from models.llama.init import parameter_sharding
 from models.llama.model import LLaMa
-from models.llama.names import Layout, is_stacked, layout, letters_of, parameter_name, tensors_of
-from utils.sharding import named_sharding
+from models.llama.names import Layout, is_stacked, layout, parameter_name, tensors_of
 
 _READ_BYTES = 16 * 2**20
 _TILE_ROWS = 32  # a transposed copy of more rows at once falls out of the processor's cache
@@ -52,7 +52,7 @@ def load_pretrained(
         raise ValueError(f"weights cannot be {dtype}: choose float32, bfloat16 or float16")
     skeleton = jax.eval_shape(lambda: LLaMa(checkpoint.config, key=jax.random.key(0), dtype=dtype))
     leaves = [(parameter_name(key), leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(skeleton)]
-    shardings = [None if mesh is None else _sharding(name, leaf.shape, mesh) for name, leaf in leaves]
+    shardings = [None if mesh is None else parameter_sharding(name, leaf.shape, mesh) for name, leaf in leaves]
     arrays = [_load(checkpoint, name, leaf, sharding) for (name, leaf), sharding in zip(leaves, shardings)]
     return jax.tree.unflatten(jax.tree.structure(skeleton), arrays)
 
@@ -82,13 +82,6 @@ def _stored_dtype(checkpoint: Checkpoint) -> np.dtype:
         if name in checkpoint.tensors
     }
     return jnp.result_type(*(jax.dtypes.canonicalize_dtype(dtype) for dtype in used))
-
-
-def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    try:
-        return named_sharding("L" * is_stacked(name) + letters_of(name), shape, mesh)
-    except ValueError as error:
-        raise ValueError(f"parameter {name}: {error}") from None
 
 
 def _load(

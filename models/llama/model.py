@@ -4,6 +4,8 @@ Letters as in `utils.ops`. All blocks are one `TransformerBlock` whose arrays ha
 runs it, so compile time does not grow with depth. A parameter's suffix letters give its shape, without that L.
 """
 
+import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from models.llama.config import LlamaConfig
 from utils import kvcache
 from utils.attention import Mask, attention
 from utils.kvcache import KVCache
-from utils.ops import add_bias, contract, feed_forward, rms_norm, rotate
+from utils.ops import LowRank, add_bias, contract, dropout, feed_forward, rms_norm, rotate
 from utils.rope import rope_angles
 from utils.shapes import Array, DTypeLike, Float, Int
 
@@ -48,6 +50,43 @@ class _Initializer:
         return nnx.Param(jnp.zeros(self._shape(letters), self.dtype)) if present else None
 
 
+class Adapter(nnx.Module):
+    """A low-rank change to one weight of all blocks: `scale` a b, see `utils.ops.LowRank` and `models.llama.lora`."""
+
+    def __init__(self, a: nnx.LoRAParam, b: nnx.LoRAParam, *, scale: float, dropout: float):
+        self.a = a
+        self.b = b
+        self.scale = scale
+        self.dropout = dropout
+
+    def __call__(self, base: Array, key: Array | None) -> LowRank:
+        """The changed weight; with a key, dropout is on."""
+        a, b = self.a[...], self.b[...]
+        return LowRank(base=base, a=a, b=b, scale=self.scale, dropout=self.dropout, key=key)
+
+
+class Adapters(nnx.Module):
+    """The adapters of the blocks, each under the name of the weight that it changes."""
+
+    def __init__(self, **adapters: Adapter):
+        for name, adapter in adapters.items():
+            setattr(self, name, adapter)
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Random numbers of one block: keys by name, all None where there is no dropout."""
+
+    key: Array | None = None
+    rate: float = 0.0
+
+    def key_of(self, name: str) -> Array | None:
+        return None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+
+    def drop(self, x: Array, name: str) -> Array:
+        return x if self.rate == 0 else dropout(x, self.rate, self.key_of(name))
+
+
 class TransformerBlock(nnx.Module):
     """Attention and feed-forward layer, each behind an RMSNorm and added to the residual stream."""
 
@@ -71,6 +110,7 @@ class TransformerBlock(nnx.Module):
         self.gate_bias_F = init.zeros("F", present=config.mlp_bias and config.gated)
         self.up_bias_F = init.zeros("F", present=config.mlp_bias)
         self.down_bias_D = init.zeros("D", present=config.mlp_bias)
+        self.adapters: Adapters | None = nnx.data(None)
 
     def __call__(
         self,
@@ -82,6 +122,7 @@ class TransformerBlock(nnx.Module):
         layer: Array | int = 0,
         from_empty: bool = False,
         implementation: str = "auto",
+        noise: _Noise = _Noise(),
     ) -> tuple[Array, KVCache | None]:
         """x_BTD of one layer in, that of the next out; `layer` is the slice of the cache to use.
 
@@ -89,33 +130,80 @@ class TransformerBlock(nnx.Module):
         without their layer axis.
         """
         eps = self.config.rms_norm_eps
-        q_BTNH, k_BTKH, v_BTKH = self.project(rms_norm(x_BTD, self.attn_norm_D[...], eps=eps), angles)
+        q_BTNH, k_BTKH, v_BTKH = self.project(rms_norm(x_BTD, self.attn_norm_D[...], eps=eps), angles, noise)
         if cache is not None:
             cache = kvcache.write(cache, layer, k_BTKH, v_BTKH)
         k_BSKH, v_BSKH = (k_BTKH, v_BTKH) if cache is None or from_empty else kvcache.read(cache, layer)
         mixed_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, mask, implementation=implementation)
-        out_BTD = contract("BTNH,NHD->BTD", mixed_BTNH, self.o_NHD[...])
-        x_BTD = x_BTD + add_bias(out_BTD, _value(self.o_bias_D))
+        out_BTD = contract("BTNH,NHD->BTD", mixed_BTNH, self.weight("o_NHD", noise))
+        x_BTD = x_BTD + noise.drop(add_bias(out_BTD, _value(self.o_bias_D)), "attention")
 
         out_BTD = feed_forward(
             rms_norm(x_BTD, self.mlp_norm_D[...], eps=eps),
-            self.up_DF[...],
-            self.down_FD[...],
+            self.weight("up_DF", noise),
+            self.weight("down_FD", noise),
             activation=self.config.activation,
-            gate_DF=_value(self.gate_DF),
+            gate_DF=self.weight("gate_DF", noise) if self.config.gated else None,
             biases=(_value(self.gate_bias_F), _value(self.up_bias_F), _value(self.down_bias_D)),
         )
-        return x_BTD + out_BTD, cache
+        return x_BTD + noise.drop(out_BTD, "feed-forward"), cache
 
-    def project(self, x_BTD: Array, angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def weight(self, name: str, noise: _Noise = _Noise()) -> Array | LowRank:
+        """The weight of that name, with its adapter if there is one."""
+        base, adapter = getattr(self, name)[...], getattr(self.adapters, name, None)
+        return base if adapter is None else adapter(base, noise.key_of(name))
+
+    def project(
+        self, x_BTD: Array, angles: tuple[Array, Array], noise: _Noise = _Noise()
+    ) -> tuple[Array, Array, Array]:
         """Queries and keys, turned to their positions, and values."""
-        q_BTNH = add_bias(contract("BTD,DNH->BTNH", x_BTD, self.q_DNH[...]), _value(self.q_bias_NH))
-        k_BTKH = add_bias(contract("BTD,DKH->BTKH", x_BTD, self.k_DKH[...]), _value(self.k_bias_KH))
-        v_BTKH = add_bias(contract("BTD,DKH->BTKH", x_BTD, self.v_DKH[...]), _value(self.v_bias_KH))
+        q_BTNH = add_bias(contract("BTD,DNH->BTNH", x_BTD, self.weight("q_DNH", noise)), _value(self.q_bias_NH))
+        k_BTKH = add_bias(contract("BTD,DKH->BTKH", x_BTD, self.weight("k_DKH", noise)), _value(self.k_bias_KH))
+        v_BTKH = add_bias(contract("BTD,DKH->BTKH", x_BTD, self.weight("v_DKH", noise)), _value(self.v_bias_KH))
         if self.config.qk_norm:
             q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...], eps=self.config.rms_norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm_H[...], eps=self.config.rms_norm_eps)
         return rotate(q_BTNH, *angles), rotate(k_BTKH, *angles), v_BTKH
+
+
+Layers = tuple[TransformerBlock, Array, Array | None]  # blocks, their numbers, their windows
+
+
+def _scan(layer: Callable, carry: tuple, layers: Layers, num_layers: int) -> tuple:
+    """Store all that the backward pass will read."""
+    return jax.lax.scan(layer, carry, layers)[0]
+
+
+def _scan_dots(layer: Callable, carry: tuple, layers: Layers, num_layers: int) -> tuple:
+    """Store the products with weights and the output of attention; compute norms, rotations and activations again."""
+    policies = jax.checkpoint_policies
+    policy = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
+    )
+    return jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), carry, layers)[0]
+
+
+def _scan_blocks(layer: Callable, carry: tuple, layers: Layers, num_layers: int) -> tuple:
+    """Store the input of each block."""
+    return jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), carry, layers)[0]
+
+
+def _scan_groups(layer: Callable, carry: tuple, layers: Layers, num_layers: int) -> tuple:
+    """Store the input of every group of about sqrt(L) blocks, and those inside a group while it is gone through.
+
+    Source: arXiv:1604.06174, sec. 4.
+    """
+    size = max(d for d in range(1, math.isqrt(num_layers) + 1) if num_layers % d == 0)
+    groups = jax.tree.map(lambda x: x.reshape(num_layers // size, size, *x.shape[1:]), layers)
+
+    def group(carry, layers):
+        return _scan_blocks(layer, carry, layers, size), None
+
+    return jax.lax.scan(jax.checkpoint(group, prevent_cse=False), carry, groups)[0]
+
+
+# What is stored for the backward pass, from most to least; the rest is computed again.
+REMAT = {"none": _scan, "dots": _scan_dots, "block": _scan_blocks, "everything": _scan_groups}
 
 
 class LLaMa(nnx.Module):
@@ -149,6 +237,9 @@ class LLaMa(nnx.Module):
         cache: KVCache | None = None,
         from_empty: bool = False,
         implementation: str = "auto",
+        remat: str = "none",
+        dropout_rate: float = 0.0,
+        key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The normalised hidden states x_BTD that `unembed` turns into logits, and the cache with the new tokens in it.
 
@@ -157,7 +248,13 @@ class LLaMa(nnx.Module):
         cache holds. Tokens attend only within their number in `segments_BT` (packed documents; not with a cache).
         `from_empty` is the caller's word that all rows of the cache are empty, so that attention need not look into it.
         `implementation` is that of attention, see `utils.attention`.
+
+        For training: `remat` says what the backward pass finds stored, a key of `REMAT`. With a `key`, dropout is on,
+        of a share `dropout_rate` of the embeddings and of what each layer adds to the residual stream, and that of the
+        adapters.
         """
+        if remat not in REMAT:
+            raise ValueError(f"remat {remat!r} is none of {', '.join(REMAT)}")
         B, T = tokens_BT.shape
         if cache is not None and segments_BT is not None:
             raise ValueError("segments_BT and a cache do not go together: give each document a row of its own")
@@ -179,6 +276,7 @@ class LLaMa(nnx.Module):
         def layer(carry, inputs):
             x_BTD, cache = carry
             block, index, window = inputs
+            noise = _Noise(None if key is None else jax.random.fold_in(key, index), dropout_rate)
             return block(
                 x_BTD,
                 angles,
@@ -187,18 +285,24 @@ class LLaMa(nnx.Module):
                 layer=index,
                 from_empty=from_empty,
                 implementation=implementation,
+                noise=noise,
             ), None
 
         layers = (self.blocks, jnp.arange(c.num_layers), _mixed_windows(c))
-        (x_BTD, cache), _ = jax.lax.scan(layer, (self.embed_VD[...][tokens_BT], cache), layers)
+        x_BTD = _Noise(key, dropout_rate).drop(self.embed_VD[...][tokens_BT], "embedding")
+        x_BTD, cache = REMAT[remat](layer, (x_BTD, cache), layers, c.num_layers)
         cache = None if cache is None else kvcache.advance(cache, count_B)
         return rms_norm(x_BTD, self.norm_D[...], eps=c.rms_norm_eps), cache
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, float32 [B, T, V], of hidden states."""
-        if self.unembed_DV is None:
-            return contract("BTD,VD->BTV", x_BTD, self.embed_VD[...], dtype=jnp.float32)
-        return contract("BTD,DV->BTV", x_BTD, self.unembed_DV[...], dtype=jnp.float32)
+        letters, weight = self.unembedding
+        return contract(f"BTD,{letters}->BTV", x_BTD, weight, dtype=jnp.float32)
+
+    @property
+    def unembedding(self) -> tuple[str, Array]:
+        """The output matrix and its letters: DV, or VD where it is the embeddings."""
+        return ("VD", self.embed_VD[...]) if self.unembed_DV is None else ("DV", self.unembed_DV[...])
 
 
 def _value(parameter: nnx.Param | None) -> Array | None:

@@ -19,7 +19,7 @@ from models.llama.files import read_json, write_safetensors
 from models.llama.model import LLaMa
 from models.llama.names import HUGGING_FACE, Layout, is_stacked, layout, parameter_name, tensors_of
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -101,7 +101,7 @@ def save_pretrained(
     (path / "config.json").unlink(missing_ok=True)
     other_tokenizer = tokenizer_from is not None and not path.samefile(tokenizer_from)
     for old in path.iterdir():
-        if _OUR_WEIGHTS.fullmatch(old.name) or (other_tokenizer and old.name in _TOKENIZER_FILES):
+        if _OUR_WEIGHTS.fullmatch(old.name) or (other_tokenizer and old.name in TOKENIZER_FILES):
             old.unlink()
     for name in (*names, "config.json"):
         os.replace(path / (name + _PARTIAL), path / name)
@@ -109,7 +109,7 @@ def save_pretrained(
 
 def _is_ours(name: str) -> bool:
     """Whether a save may write a file of that name."""
-    return name == "config.json" or name in _TOKENIZER_FILES or _OUR_WEIGHTS.fullmatch(name) is not None
+    return name == "config.json" or name in TOKENIZER_FILES or _OUR_WEIGHTS.fullmatch(name) is not None
 
 
 def _flush(path: Path) -> None:
@@ -163,7 +163,7 @@ def _tokenizer_files(folder: str | Path | None) -> list[Path]:
         return []
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder to take a tokenizer from")
-    return [Path(folder) / name for name in _TOKENIZER_FILES if (Path(folder) / name).is_file()]
+    return [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
 
 
 def _token_ids(folder: str | Path | None) -> dict[str, Any]:

@@ -151,6 +151,8 @@ def _decoding(model: tokenizers.Tokenizer, path: Path) -> tuple[Callable[[str, b
         return _spaced, True
     if kinds == ("ByteLevel",):
         return functools.partial(_byte_level, alphabet=byte_alphabet()), False
+    if kinds == ("Fuse",):
+        return _verbatim, False
     if kinds == ("Metaspace",):
         mark, strip = steps[0]["replacement"], steps[0].get("prepend_scheme") != "never"
         return functools.partial(_marked, mark=mark), strip
@@ -176,6 +178,10 @@ def _byte_level(token: str, added: bool, alphabet: Mapping[str, int]) -> bytes:
     if added or not all(character in alphabet for character in token):
         return token.encode()
     return bytes(alphabet[character] for character in token)
+
+
+def _verbatim(token: str, added: bool) -> bytes:
+    return token.encode()
 
 
 def _spaced(token: str, added: bool) -> bytes:
