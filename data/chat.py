@@ -2,94 +2,45 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
-from data.chat_sandbox import CLOSING, OPENING, run_template
+from data.chat_guard import ChatTokenizer, Guard
+from data.chat_rendering import NO_VARIABLES, GuardedChat, RenderedChat, checked, plain, render_chat
+from data.chat_spans import SpanTokenizer, mask_spans
 from data.chat_templates import CHAT_TEMPLATES
+from data.chat_turns import block_spans, has_blocks, turn_spans
 
-__all__ = ["CHAT_TEMPLATES", "RenderedChat", "choose_template", "encode_chat", "render_chat"]
-
-_NONE: Mapping[str, Any] = MappingProxyType({})
-_PRIVATE_USE = range(0xF0000, 0xFFFFE)
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-
-
-class _ChatTokenizer(Protocol):
-    """The part of a tokenizer that chats need."""
-
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
-    adds_bos: bool
-    special_tokens: Mapping[str, int]
-    chat_template: str | None
-
-    def encode(self, text: str, *, add_bos: bool = False, allow_special: bool = False) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
+__all__ = [
+    "CHAT_TEMPLATES",
+    "EncodedChat",
+    "RenderedChat",
+    "choose_template",
+    "encode_chat",
+    "encode_chat_with_mask",
+    "render_chat",
+]
 
 
 @dataclass(frozen=True)
-class RenderedChat:
-    """A chat as one text; assistant_spans are the character ranges [start, end) of its `{% generation %}` blocks."""
+class EncodedChat:
+    """A chat as token ids; mask[i] tells whether ids[i] is what the assistant writes."""
 
-    text: str
-    assistant_spans: tuple[tuple[int, int], ...]
-
-
-def render_chat(
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    template: str,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    add_generation_prompt: bool = False,
-    continue_final_message: bool = False,
-    variables: Mapping[str, Any] = _NONE,
-) -> RenderedChat:
-    """Render messages with a chat template, in a sandbox.
-
-    tools are JSON schemas. variables are what else the template may read: bos_token, documents, enable_thinking, ...
-    continue_final_message ends the text where the content of the last message ends. A reasoning under any of the names
-    reasoning_content, thinking and reasoning is offered as the first two of them. Raises ValueError for messages that
-    are no chat, with the template's own words where it refuses them, and for a template that fails.
-    """
-    messages, tools = _checked(messages), _plain(tools, "tools")
-    if continue_final_message and add_generation_prompt:
-        raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-    messages = [_with_reasoning(message) for message in messages]
-    marks = _unused_characters((template, messages, tools, variables))
-    opening, closing, end = itertools.islice(marks, 3)
-    final = _mark_end(messages[-1], end) if continue_final_message else ""
-    text = run_template(
-        template,
-        {"documents": None}
-        | dict(variables)
-        | {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        | {OPENING: opening, CLOSING: closing},
-    )
-    text, spans = _take_spans(text, opening, closing)
-    if continue_final_message:
-        text = _cut(text, end, final)
-        spans = [(min(start, len(text)), min(stop, len(text))) for start, stop in spans]
-    return RenderedChat(text, tuple(spans))
+    ids: list[int]
+    mask: list[bool]
 
 
 def encode_chat(
-    tokenizer: _ChatTokenizer,
+    tokenizer: ChatTokenizer,
     messages: Sequence[Mapping[str, Any]],
     *,
     template: str | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
-    variables: Mapping[str, Any] = _NONE,
+    variables: Mapping[str, Any] = NO_VARIABLES,
     add_bos: bool | None = None,
 ) -> list[int]:
     """Return the ids of a chat, in which only the template can write special tokens.
@@ -105,32 +56,48 @@ def encode_chat(
     a name; a format whose turns are ordinary text, such as `[INST]`, cannot be protected; and where a special token is
     set to swallow the spaces around it, those beside a text with such a name are kept.
     """
-    template = tokenizer.chat_template if template is None else template
-    if template is None:
-        raise ValueError(f"the tokenizer has no chat template; pass one, such as those of {sorted(CHAT_TEMPLATES)}")
-    messages, tools = _checked(messages), _plain(tools, "tools")
-    variables = _token_names(tokenizer) | dict(variables)
-    documents = _plain(variables.get("documents"), "documents")
-    guard = _Guard(tuple(tokenizer.special_tokens), (template, messages, tools, variables))
-    text = render_chat(
-        guard.hide(messages),
-        template=template,
-        tools=guard.hide(tools),
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        variables=variables | {"documents": guard.hide(documents)},
-    ).text
-    ids = guard.encode(text, tokenizer)
-    if add_bos is None:
-        add_bos = tokenizer.adds_bos and template != tokenizer.chat_template
-    if add_bos:
-        if tokenizer.bos_id is None:
-            raise ValueError("add_bos asked of a tokenizer that has no BOS token")
-        ids = ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
-    return ids
+    chat = _guarded(tokenizer, messages, template, tools, variables)
+    rendered = chat.render(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+    ids = [token_id for piece in chat.guard.pieces(rendered.text, tokenizer) for token_id in piece.ids]
+    return _opening(tokenizer, ids, chat.template, add_bos) + ids
 
 
-def choose_template(tokenizer: _ChatTokenizer, name: str | None = None) -> str:
+def encode_chat_with_mask(
+    tokenizer: SpanTokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    template: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] = NO_VARIABLES,
+    add_bos: bool | None = None,
+    learn_from: int = 0,
+) -> EncodedChat:
+    """Return the ids of `encode_chat`, and which of them the assistant writes: those that a loss is about.
+
+    A template's `{% generation %}` blocks say where that is, token for token as transformers reads them. In any other
+    template a turn goes from behind the header to the end of the token that ends it: reasoning, also where the template
+    itself opens or leaves it empty, content, tool calls. Of a format without such a token it goes as far as what the
+    template writes behind every answer. A token across the edge of a turn belongs to it.
+    learn_from is the index in messages of the first one that counts. Raises ValueError as `encode_chat` does, and
+    where the turns of a template or the tokens of a text cannot be told apart for sure.
+    """
+    if not 0 <= learn_from <= len(messages):
+        raise ValueError(f"learn_from {learn_from} is no index in {len(messages)} messages")
+    chat = _guarded(tokenizer, messages, template, tools, variables)
+    rendered = chat.render()
+    blocks = has_blocks(chat.template)
+    if blocks:
+        spans = block_spans(chat, rendered, learn_from)
+    else:
+        names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+        stops = frozenset(names[token_id] for token_id in tokenizer.stop_ids if token_id in names)
+        spans = turn_spans(chat, rendered, stops, learn_from)
+    ids, mask = mask_spans(rendered.text, spans, chat.guard, tokenizer, whole=not blocks)
+    opening = _opening(tokenizer, ids, chat.template, add_bos)
+    return EncodedChat(opening + ids, [False] * len(opening) + mask)
+
+
+def choose_template(tokenizer: ChatTokenizer, name: str | None = None) -> str:
     """The template for a checkpoint: the built-in one or file of that name, else the tokenizer's own, else the
     built-in one that its special tokens point to, else `qa`. Raises ValueError for a name that is neither.
     """
@@ -147,74 +114,43 @@ def choose_template(tokenizer: _ChatTokenizer, name: str | None = None) -> str:
     return CHAT_TEMPLATES["chatml" if "<|im_start|>" in tokenizer.special_tokens else "qa"]
 
 
-class _Guard:
-    """Hides the names of special tokens from a template, and encodes what it makes of them as plain text.
-
-    A name is replaced by one character of its own. Behind a string that ends with the beginning of a name stands a
-    seam, so that strings which a template puts side by side do not join to a name either.
-    """
-
-    def __init__(self, names: tuple[str, ...], strings: Any):
-        self._pattern, self._beginnings, self._longest = _name_patterns(names)
-        self._free = _unused_characters(strings)
-        self._seam = next(self._free)
-        self._hidden: dict[str, str] = {}
-
-    def hide(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {self.hide(key): self.hide(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.hide(item) for item in value]
-        if not isinstance(value, str):
-            return value
-        text = self._pattern.sub(lambda match: self._character(match[0]), value)
-        open_end = any(text[-size:] in self._beginnings for size in range(1, min(self._longest, len(text) + 1)))
-        return text + self._seam if open_end else text
-
-    def encode(self, text: str, tokenizer: _ChatTokenizer) -> list[int]:
-        joined = text.replace(self._seam, "")
-        if len(self._pattern.findall(joined)) == len(self._pattern.findall(text)):
-            text = joined
-        names = {character: name for name, character in self._hidden.items()} | {self._seam: ""}
-        own = re.compile("[" + "".join(names) + "]")
-        ids: list[int] = []
-        clean, before = "", ""
-        for position, part in enumerate(self._pattern.split(text)):
-            if position % 2 or not own.search(part):
-                clean += part
-                before = part if position % 2 else before
-            else:
-                ids += tokenizer.encode(clean, allow_special=True)
-                ids += _encode_plain(own.sub(lambda match: names[match[0]], part), before, tokenizer)
-                clean = ""
-        return ids + tokenizer.encode(clean, allow_special=True)
-
-    def _character(self, name: str) -> str:
-        if name not in self._hidden:
-            self._hidden[name] = next(self._free)
-        return self._hidden[name]
+def _guarded(
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    template: str | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any],
+) -> GuardedChat:
+    template = tokenizer.chat_template if template is None else template
+    if template is None:
+        raise ValueError(f"the tokenizer has no chat template; pass one, such as those of {sorted(CHAT_TEMPLATES)}")
+    messages, tools = checked(messages), plain(tools, "tools")
+    variables = _token_names(tokenizer) | dict(variables)
+    documents = plain(variables.get("documents"), "documents")
+    special = tuple(tokenizer.special_tokens)
+    guard = Guard(special, (template, messages, tools, variables))
+    return GuardedChat(
+        template=template,
+        messages=guard.hide(messages),
+        tools=guard.hide(tools),
+        variables=variables | {"documents": guard.hide(documents)},
+        guard=guard,
+        special=special,
+    )
 
 
-@functools.lru_cache(maxsize=16)
-def _name_patterns(names: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str], int]:
-    """Return a pattern of the names, longest first, their proper beginnings, and the length of the longest."""
-    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
-    beginnings = frozenset(name[:size] for name in names for size in range(1, len(name)))
-    return re.compile(f"({pattern})"), beginnings, max(map(len, names), default=0)
+def _opening(tokenizer: ChatTokenizer, ids: Sequence[int], template: str, add_bos: bool | None) -> list[int]:
+    """Return the BOS that goes in front of the ids, if one does."""
+    if add_bos is None:
+        add_bos = tokenizer.adds_bos and template != tokenizer.chat_template
+    if not add_bos:
+        return []
+    if tokenizer.bos_id is None:
+        raise ValueError("add_bos asked of a tokenizer that has no BOS token")
+    return [] if list(ids[:1]) == [tokenizer.bos_id] else [tokenizer.bos_id]
 
 
-def _encode_plain(text: str, before: str, tokenizer: _ChatTokenizer) -> list[int]:
-    """Encode text without special tokens as it would be encoded behind the special token `before`, if there is one.
-
-    Some SentencePiece tokenizers put a space in front of a whole text but not behind a special token.
-    """
-    if not before or tokenizer.encode(before + "a", allow_special=True)[1:] == tokenizer.encode("a"):
-        return tokenizer.encode(text)
-    newline, ids = tokenizer.encode("\n"), tokenizer.encode("\n" + text)
-    return ids[len(newline) :] if ids[: len(newline)] == newline else tokenizer.encode(text)
-
-
-def _token_names(tokenizer: _ChatTokenizer) -> dict[str, str]:
+def _token_names(tokenizer: ChatTokenizer) -> dict[str, str]:
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     return {
@@ -222,87 +158,3 @@ def _token_names(tokenizer: _ChatTokenizer) -> dict[str, str]:
         for variable, token_id in ids.items()
         if token_id is not None
     }
-
-
-def _checked(messages: Any) -> list[dict[str, Any]]:
-    """Return a copy of the messages made of plain JSON types."""
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"messages must be a non-empty list of mappings, got {messages!r:.80}")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"messages[{index}] must be a mapping with a string role, got {message!r:.80}")
-    return _plain(messages, "messages")
-
-
-def _plain(value: Any, where: str) -> Any:
-    """Rebuild a value from plain JSON types, so that a template gets no object with methods of its own."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, Mapping):
-        return {_plain(key, where): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise ValueError(f"{where} is a {type(value).__name__}, expected a JSON value")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from itertools.chain(_strings(key), _strings(item))
-    elif isinstance(value, (list, tuple)):
-        yield from itertools.chain.from_iterable(map(_strings, value))
-
-
-def _unused_characters(value: Any) -> Iterator[str]:
-    """Yield private-use characters that occur in no string of the value."""
-    used = set().union(*_strings(value))
-    return (character for character in map(chr, _PRIVATE_USE) if character not in used)
-
-
-def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
-    if reasoning is None:
-        return message
-    return {"thinking": reasoning} | message | {"reasoning_content": reasoning}
-
-
-def _mark_end(message: dict[str, Any], end: str) -> str:
-    """Put a mark and a space behind the message's content, in place, and return the content."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [message]
-    key = "text" if isinstance(content, list) else "content"
-    for part in reversed(parts):
-        if isinstance(part, dict) and isinstance(part.get(key), str):
-            text = part[key]
-            part[key] = f"{text}{end} "
-            return text
-    raise ValueError("continue_final_message: the last message has no text to continue")
-
-
-def _cut(text: str, end: str, content: str) -> str:
-    """End a text at its mark; where the template trimmed the space behind the mark, it would trim what is before it."""
-    if end not in text or content.strip() not in text:
-        raise ValueError("continue_final_message: the template does not write the content of the last message")
-    position = text.rindex(end)
-    return text[:position] if text.startswith(end + " ", position) else text[:position].rstrip()
-
-
-def _take_spans(text: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text without its marks, and where they were."""
-    parts: list[str] = []
-    spans: list[tuple[int, int]] = []
-    starts: list[int] = []
-    length = 0
-    for part in re.split(f"([{opening}{closing}])", text):
-        if part == opening:
-            starts.append(length)
-        elif part == closing and starts:
-            spans.append((starts.pop(), length))
-        elif part != closing:
-            parts.append(part)
-            length += len(part)
-    return "".join(parts), spans
