@@ -1,0 +1,304 @@
+"""What a row of training data is, whichever of the usual formats it was written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data.records_messages import Message, parse_message, parse_messages, parse_tools
+
+__all__ = [
+    "FORMATS",
+    "BadRow",
+    "ChatRecord",
+    "CompletionRecord",
+    "PreferenceRecord",
+    "Record",
+    "TextRecord",
+    "normalize",
+]
+
+
+class BadRow(ValueError):  # noqa: N818
+    """A row that cannot be read or fits no format; the message is "path:line: why"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecord:
+    """Text to learn all of. first and last say whether it begins and ends its document: pieces of one document follow
+    each other, and joined without anything between them they are its text.
+    """
+
+    text: str
+    first: bool = True
+    last: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRecord:
+    """A conversation, of which assistant messages are learnt, those from messages[learn_from] on.
+
+    Messages are as `parse_messages` makes them, tools as `parse_tools`.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    learn_from: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionRecord:
+    """Text of which the completion is learnt; it follows the prompt without anything between them."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceRecord:
+    """Two answers to one prompt. All three are text, or all three messages: those of the answers follow the prompt's,
+    and begin with an assistant message.
+    """
+
+    prompt: tuple[Message, ...] | str
+    chosen: tuple[Message, ...] | str
+    rejected: tuple[Message, ...] | str
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+
+Record = TextRecord | ChatRecord | CompletionRecord | PreferenceRecord
+
+
+def normalize(row: Mapping[str, Any], *, format: str | None = None) -> Record:
+    """Return the record that a row stands for.
+
+    The format is told by the keys, and must be named where they fit more than one; keys without a part in it are
+    ignored, and a key with null counts as absent:
+
+    - text: `text` -> TextRecord, with the booleans `first` and `last` where the row has both;
+    - messages, conversations: lists in role/content or ShareGPT's from/value -> ChatRecord;
+    - completion: `prompt` and `completion`, both text -> CompletionRecord; both messages -> ChatRecord that learns
+      from the first message of the completion on, as TRL does;
+    - preference: `chosen` and `rejected`, with the prompt in `prompt`, `conversations`, `messages`, `instruction` (and
+      `input`, `history`) or `question`, or else in what the two have in common -> PreferenceRecord;
+    - alpaca: `instruction`, `output`, and optionally `input`, `history` (pairs of user and assistant) -> ChatRecord
+      whose user message is the instruction, a newline and the input, or the one of them that is not empty;
+    - question: `question` and `answer` -> ChatRecord, so that a chat template (`qa`) puts something between them.
+
+    Conversations take `system`, text that becomes their first message, and `tools`. Nothing in the texts is
+    interpreted. Deviations from TRL: a prompt that chosen and rejected texts share ends before a white space, not in
+    the middle of a word, and unpaired preferences (`label`) are refused rather than learnt. Raises ValueError, one
+    line with the row's keys, for a row that fits no format or several, and for values of the wrong types.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a row must be an object, got {type(row).__name__}")
+    given = {key: value for key, value in row.items() if value is not None}
+    try:
+        return _FORMATS[_choose(given, format)][1](given)
+    except ValueError as error:
+        raise ValueError(f"{error}; the row has the keys {_listed(row)}") from error
+
+
+def _choose(row: Mapping[str, Any], format: str | None) -> str:
+    """Return the name of the one format whose keys the row has."""
+    if format is not None:
+        if format not in _FORMATS:
+            raise ValueError(f"unknown format {format!r}, expected one of {list(_FORMATS)}")
+        if missing := [key for key in _FORMATS[format][0] if key not in row]:
+            raise ValueError(f"format {format} needs {' and '.join(missing)}")
+        return format
+    fitting = [name for name, (keys, _) in _FORMATS.items() if row.keys() >= set(keys)]
+    if "preference" in fitting:
+        fitting = [name for name in fitting if name not in ("messages", "conversations")]
+    if not fitting:
+        raise ValueError(f"the row fits no format ({'; '.join(' + '.join(keys) for keys, _ in _FORMATS.values())})")
+    if len(fitting) > 1:
+        raise ValueError(f"the row fits the formats {', '.join(fitting)}; name one as the format")
+    return fitting[0]
+
+
+def _text(row: Mapping[str, Any]) -> TextRecord:
+    flags = {key: row.get(key) for key in ("first", "last")}
+    is_piece = all(isinstance(flag, bool) for flag in flags.values())
+    return TextRecord(text=_string(row, "text"), **(flags if is_piece else {}))
+
+
+def _chat(row: Mapping[str, Any], key: str) -> ChatRecord:
+    messages = _with_system(row, parse_messages(row[key], key))
+    return ChatRecord(messages=messages, tools=_conversation_tools(row))
+
+
+def _completion(row: Mapping[str, Any]) -> CompletionRecord | ChatRecord:
+    for key in ("label", "kto_tag"):
+        if key in row:
+            raise ValueError(f"prompt and completion with {key}: unpaired preferences are not supported")
+    if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+        _check_no_conversation(row)
+        return CompletionRecord(prompt=row["prompt"], completion=row["completion"])
+    if isinstance(row["prompt"], str) or isinstance(row["completion"], str):
+        raise ValueError("prompt and completion must both be text or both be messages")
+    prompt = _with_system(row, parse_messages(row["prompt"], "prompt"))
+    completion = _answer(row["completion"], "completion")
+    if all(message["role"] != "assistant" for message in completion):
+        raise ValueError("completion has no assistant message")
+    return ChatRecord(messages=prompt + completion, tools=_conversation_tools(row), learn_from=len(prompt))
+
+
+def _alpaca(row: Mapping[str, Any]) -> ChatRecord:
+    answer = {"role": "assistant", "content": _string(row, "output")}
+    return ChatRecord(messages=_with_system(row, (*_instruction(row), answer)), tools=_conversation_tools(row))
+
+
+def _question(row: Mapping[str, Any]) -> ChatRecord:
+    if row.get("context"):
+        raise ValueError("question and answer with context: nothing says how to join them")
+    answer = {"role": "assistant", "content": _string(row, "answer")}
+    return ChatRecord(messages=_with_system(row, (*_asked(row), answer)), tools=_conversation_tools(row))
+
+
+def _preference(row: Mapping[str, Any]) -> PreferenceRecord:
+    prompt, chosen, rejected = _prompt(row), row["chosen"], row["rejected"]
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError("chosen and rejected must both be text or both be messages")
+    if isinstance(chosen, str) and (prompt is None or isinstance(prompt, str)):
+        _check_no_conversation(row)
+        if prompt is None:
+            prompt, chosen, rejected = _split_texts(chosen, rejected)
+        return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected)
+    chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+    if prompt is None or isinstance(prompt, str):
+        prompt, chosen, rejected = _split_conversations(prompt, chosen, rejected)
+    elif _begins(chosen, prompt) and _begins(rejected, prompt):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer or answer[0]["role"] != "assistant":
+            found = f"begins with a {answer[0]['role']} message" if answer else "is empty"
+            raise ValueError(f"{key} must go on from the prompt with an assistant message, but {found}")
+    prompt, tools = _with_system(row, prompt), _conversation_tools(row)
+    return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected, tools=tools)
+
+
+_PROMPTS: dict[str, Callable[[Mapping[str, Any]], tuple[Message, ...] | str]] = {
+    "prompt": lambda row: row["prompt"] if isinstance(row["prompt"], str) else parse_messages(row["prompt"], "prompt"),
+    "conversations": lambda row: parse_messages(row["conversations"], "conversations"),
+    "messages": lambda row: parse_messages(row["messages"], "messages"),
+    "instruction": lambda row: _instruction(row),
+    "question": lambda row: _asked(row),
+}
+
+
+def _prompt(row: Mapping[str, Any]) -> tuple[Message, ...] | str | None:
+    """Return the prompt of a preference row, None where chosen and rejected hold it."""
+    keys = [key for key in _PROMPTS if key in row]
+    if len(keys) > 1 and row.keys() >= {"prompt", "messages"} and row["messages"] == row["chosen"]:
+        keys.remove("messages")
+    if len(keys) > 1:
+        raise ValueError(f"chosen and rejected with a prompt in each of {', '.join(keys)}")
+    return _PROMPTS[keys[0]](row) if keys else None
+
+
+def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Split what two texts begin with in common, in whole words, from the rest of them."""
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are equal, and without a prompt of their own nothing is left of them")
+    differing = (index for index, (one, other) in enumerate(zip(chosen, rejected)) if one != other)
+    end = next(differing, min(len(chosen), len(rejected)))
+    if not (chosen[end : end + 1].isspace() and rejected[end : end + 1].isspace()):
+        while end and not chosen[end - 1].isspace():
+            end -= 1
+    while end and chosen[end - 1].isspace():
+        end -= 1
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _split_conversations(
+    prompt: str | None, chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
+    """Split off the messages in common; a prompt given as text is a user message, and may repeat one of them."""
+    if prompt is not None and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        return ({"role": "user", "content": prompt},), chosen, rejected
+    length = 0
+    while length < min(len(chosen), len(rejected)) and chosen[length] == rejected[length]:
+        length += 1
+    common = chosen[:length]
+    if not common:
+        raise ValueError("chosen and rejected have no first message in common, and there is no prompt")
+    if prompt is not None and all(message["content"] != prompt for message in common):
+        raise ValueError("prompt is none of the messages that chosen and rejected have in common")
+    return common, chosen[length:], rejected[length:]
+
+
+def _answer(value: Any, key: str) -> tuple[Message, ...]:
+    """Return messages from a list of them, from one, or from the text of an assistant's."""
+    if isinstance(value, str):
+        return ({"role": "assistant", "content": value},)
+    return (parse_message(value, key),) if isinstance(value, Mapping) else parse_messages(value, key)
+
+
+def _instruction(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    parts = [_string(row, key) for key in ("instruction", "input") if key in row]
+    messages: list[Message] = []
+    history = row.get("history", ())
+    if isinstance(history, str) or not isinstance(history, Sequence):
+        raise ValueError(f"history must be a list of pairs of texts, got {type(history).__name__}")
+    for index, pair in enumerate(history):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or [type(text) for text in pair] != [str, str]:
+            raise ValueError(f"history[{index}] must be a pair of texts, got {pair!r:.80}")
+        messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
+    messages.append({"role": "user", "content": "\n".join(filter(None, parts))})
+    return tuple(messages)
+
+
+def _asked(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    return ({"role": "user", "content": _string(row, "question")},)
+
+
+def _with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    system = _string(row, "system") if "system" in row else ""
+    if not system or (messages[0]["role"] == "system" and messages[0]["content"] == system):
+        return messages
+    if messages[0]["role"] == "system":
+        raise ValueError("the row has a system text beside another system message")
+    return ({"role": "system", "content": system}, *messages)
+
+
+def _conversation_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
+    for key in ("images", "videos", "audios"):
+        if row.get(key):
+            raise ValueError(f"{key} are not supported, only text")
+    return parse_tools(row.get("tools"))
+
+
+def _check_no_conversation(row: Mapping[str, Any]) -> None:
+    if row.get("system"):
+        raise ValueError("system needs a conversation, and the prompt is plain text")
+    if _conversation_tools(row):
+        raise ValueError("tools need a conversation, and the prompt is plain text")
+
+
+def _begins(messages: tuple[Message, ...], beginning: tuple[Message, ...]) -> bool:
+    return len(messages) > len(beginning) and messages[: len(beginning)] == beginning
+
+
+def _string(row: Mapping[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key} must be a string, got {type(row[key]).__name__}")
+    return row[key]
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    keys = [repr(key) for key in row]
+    return f"[{', '.join(keys[:12])}{', ...' if len(keys) > 12 else ''}]"
+
+
+_FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Record]]] = {
+    "text": (("text",), _text),
+    "messages": (("messages",), lambda row: _chat(row, "messages")),
+    "conversations": (("conversations",), lambda row: _chat(row, "conversations")),
+    "completion": (("prompt", "completion"), _completion),
+    "preference": (("chosen", "rejected"), _preference),
+    "alpaca": (("instruction", "output"), _alpaca),
+    "question": (("question", "answer"), _question),
+}
+FORMATS = tuple(_FORMATS)
