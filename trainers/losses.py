@@ -1,0 +1,152 @@
+"""Losses over a large vocabulary, in chunks of positions: logits [B, T, V] are never whole in memory.
+
+Letters as in `utils.ops`; C are the positions of a chunk.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from utils.shapes import Array, Float, Int
+
+# Logits of a chunk, all devices together: 32 MiB of float32 where caches are what counts, 1 GiB elsewhere.
+_CPU_LOGITS = 2**23
+_ACCELERATOR_LOGITS = 2**28
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over all positions, each times its weight; float32 scalars, in nats but for `correct`, a count.
+
+    `loss` is what is minimised, with smoothing and the z term; `nll` the plain negative log-likelihood of the targets;
+    `correct` counts targets that no other token beats; `entropy` is that of the predicted distribution.
+    """
+
+    loss: Array
+    nll: Array
+    correct: Array
+    entropy: Array
+
+
+def cross_entropy(
+    x_BTD: Float[Array, "B T D"],
+    unembedding: tuple[str, Array],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    chunk_logits: int | None = None,
+) -> CrossEntropy:
+    """The cross-entropy of targets under the logits of hidden states, summed over positions with their weights.
+
+    `unembedding` is the output matrix and its letters, DV or VD. `z_loss` multiplies the squared logarithm of the
+    softmax's denominator (arXiv:2204.02311, sec. 5), `label_smoothing` is the share of each target spread over all of
+    the vocabulary (arXiv:1512.00567, sec. 7). About `chunk_logits` logits are in memory at once.
+
+    Only `loss` has a gradient, towards x_BTD and the output matrix: both are computed along with the loss itself, while
+    a chunk's logits are at hand, so that the three products with the vocabulary are all there are. Softmax and sums are
+    float32. Raises ValueError for smoothing outside [0, 1) or a negative z_loss.
+    """
+    if not 0 <= label_smoothing < 1 or z_loss < 0:
+        raise ValueError(f"label_smoothing {label_smoothing} must be in [0, 1) and z_loss {z_loss} at least 0")
+    letters, weight = unembedding
+    if chunk_logits is None:
+        chunk_logits = _CPU_LOGITS if jax.default_backend() == "cpu" else _ACCELERATOR_LOGITS
+    B, T, _ = x_BTD.shape
+    V = weight.shape[letters.index("V")]
+    num_chunks = min(T, max(1, -(-B * T * V // chunk_logits)))
+    options = _Options(letters, num_chunks, float(z_loss), float(label_smoothing))
+    return CrossEntropy(*_cross_entropy(options, x_BTD, weight, targets_BT, weights_BT))
+
+
+class _Options(NamedTuple):
+    letters: str
+    num_chunks: int
+    z_loss: float
+    label_smoothing: float
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(options: _Options, x_BTD: Array, weight: Array, targets_BT: Array, weights_BT: Array):
+    def chunk(sums, inputs):
+        return jax.tree.map(jnp.add, sums, _chunk_sums(options, weight, *inputs)[0]), None
+
+    return jax.lax.scan(chunk, _zeros(), _chunks(options, x_BTD, targets_BT, weights_BT))[0]
+
+
+def _forward(options: _Options, x_BTD: Array, weight: Array, targets_BT: Array, weights_BT: Array):
+    """The sums, and the gradients of the loss for a cotangent of 1."""
+
+    def chunk(carry, inputs):
+        sums, dweight = carry
+        x_BCD = inputs[0]
+        new, dlogits_BCV = _chunk_sums(options, weight, *inputs)
+        dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+        dx_BCD = jnp.einsum(f"BCV,{options.letters}->BCD", dlogits_BCV, weight)
+        first, second = (x_BCD, dlogits_BCV) if options.letters == "DV" else (dlogits_BCV, x_BCD)
+        spec = "BCD,BCV->DV" if options.letters == "DV" else "BCV,BCD->VD"
+        dweight += jnp.einsum(spec, first, second, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, new), dweight), dx_BCD
+
+    carry = (_zeros(), jnp.zeros(weight.shape, jnp.float32))
+    chunks = _chunks(options, x_BTD, targets_BT, weights_BT)
+    (sums, dweight), dx_XBCD = jax.lax.scan(chunk, carry, chunks)
+    B, T, D = x_BTD.shape
+    dx_BTD = jnp.moveaxis(dx_XBCD, 0, 1).reshape(B, -1, D)[:, :T]
+    return sums, (dx_BTD, dweight.astype(weight.dtype))
+
+
+def _backward(options: _Options, saved: tuple[Array, Array], cotangents: tuple[Array, ...]):
+    dx_BTD, dweight = saved
+    dloss = cotangents[0]
+    return (dx_BTD * dloss).astype(dx_BTD.dtype), (dweight * dloss).astype(dweight.dtype), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _zeros() -> tuple[Array, ...]:
+    return (jnp.float32(0),) * 4
+
+
+def _chunks(options: _Options, *arrays_BT: Array) -> tuple[Array, ...]:
+    """Arrays [B, T, ...] as [chunks, B, C, ...], filled up with zeros, which have no weight."""
+    T = arrays_BT[0].shape[1]
+    C = -(-T // options.num_chunks)
+    padding = options.num_chunks * C - T
+
+    def cut(x_BT: Array) -> Array:
+        x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
+        return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], options.num_chunks, C, *x_BT.shape[2:]), 1, 0)
+
+    return tuple(cut(x_BT) for x_BT in arrays_BT)
+
+
+def _chunk_sums(options: _Options, weight: Array, x_BCD: Array, targets_BC: Array, weights_BC: Array):
+    """Sums of a chunk, and the gradient of its loss by its logits, float32 [B, C, V]."""
+    logits_BCV = jnp.einsum(f"BCD,{options.letters}->BCV", x_BCD, weight, preferred_element_type=jnp.float32)
+    top_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
+    exp_BCV = jnp.exp(logits_BCV - top_BC1)
+    sum_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
+    log_sum_BC = (top_BC1 + jnp.log(sum_BC1))[..., 0]
+    is_target_BCV = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
+    target_logit_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    mean_logit_BC = jnp.sum(exp_BCV * logits_BCV, axis=-1) / sum_BC1[..., 0]
+
+    nll_BC = log_sum_BC - target_logit_BC
+    loss_BC, smooth, z = nll_BC, options.label_smoothing, options.z_loss
+    if smooth:
+        loss_BC = (1 - smooth) * nll_BC + smooth * (log_sum_BC - jnp.mean(logits_BCV, axis=-1))
+    if z:
+        loss_BC = loss_BC + z * jnp.square(log_sum_BC)
+    correct_BC = (target_logit_BC >= top_BC1[..., 0]).astype(jnp.float32)
+    sums = tuple(jnp.sum(v * weights_BC) for v in (loss_BC, nll_BC, correct_BC, log_sum_BC - mean_logit_BC))
+
+    share_BC = weights_BC * (1 + 2 * z * log_sum_BC) if z else weights_BC
+    want_BCV = jnp.where(is_target_BCV, ((1 - smooth) * weights_BC)[..., None], 0)
+    if smooth:
+        want_BCV += (smooth / logits_BCV.shape[-1]) * weights_BC[..., None]
+    dlogits_BCV = exp_BCV * (share_BC[..., None] / sum_BC1) - want_BCV
+    return sums, dlogits_BCV

@@ -1,0 +1,310 @@
+"""The state of training, the one step that changes it, and the loop around it. An algorithm is a subclass: a loss."""
+
+import abc
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainers.metrics import Throughput
+from utils.shapes import Array
+from utils.sharding import batch_spec
+
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_GROWTH_INTERVAL = 2000  # updates without overflow after which the loss scale doubles
+_LARGEST_SCALE = 2.0**24
+
+
+class Loss(NamedTuple):
+    """Sums over a batch, not means: batches, micro-batches and devices are added up, and divided once.
+
+    `sum` is what has the gradient, `weight` what it is divided by, such as the number of tokens that are learnt. Each
+    of the `metrics` is a sum and the weight to divide it by. All are scalars.
+    """
+
+    sum: Array
+    weight: Array
+    metrics: dict[str, tuple[Array, Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LossScale:
+    """The factor that keeps float16 gradients from vanishing, and the updates since it last changed.
+
+    Source: arXiv:1710.03740, sec. 3.2, with the factor found by trial.
+    """
+
+    value: Array
+    good_updates: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that a step changes.
+
+    `step` counts steps, int32, `skipped` those whose update was left out because a gradient was not finite. `key` never
+    changes: each step folds its number into it. `loss_scale` is None unless the computation is in float16.
+    """
+
+    step: Array
+    model: nnx.Module
+    opt_state: optax.OptState
+    key: Array
+    skipped: Array
+    loss_scale: LossScale | None = None
+
+
+class Observer(Protocol):
+    """Called after each step with the number of steps done; a true return value ends training.
+
+    State and metrics are still being computed: converting one of their values waits for the step to end. The state's
+    buffers are used up by the next step.
+    """
+
+    def __call__(self, step: int, state: TrainState, metrics: Mapping[str, Array]) -> bool | None: ...
+
+
+class Trainer(abc.ABC):
+    """Steps of gradient descent. A subclass says what the `loss` of a batch is, and where need be how to `prepare` it.
+
+    `trainable` is a filter of flax.nnx: only what it selects gets gradients and optimizer state. `compute_dtype` is
+    what floating-point parameters are cast to for the loss, while the parameters themselves and their updates keep
+    their dtype; "auto" is bfloat16 on accelerators and the parameters' own on CPU. A batch is a pytree of arrays whose
+    leading axes are cut into `accumulation_steps` micro-batches. Gradients longer than `max_grad_norm` are shortened to
+    it. `learning_rate` is the schedule that the optimizer follows, to be reported.
+
+    Raises ValueError for options outside their range.
+    """
+
+    def __init__(
+        self,
+        optimizer: optax.GradientTransformation,
+        *,
+        learning_rate: optax.Schedule | None = None,
+        accumulation_steps: int = 1,
+        max_grad_norm: float | None = 1.0,
+        compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        trainable: Any = nnx.Param,
+    ):
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be at least 1, not {accumulation_steps}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, not {max_grad_norm}")
+        if compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"compute_dtype {compute_dtype!r} is none of {', '.join(COMPUTE_DTYPES)}")
+        if compute_dtype == "auto":
+            compute_dtype = None if jax.default_backend() == "cpu" else "bfloat16"
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.accumulation_steps = accumulation_steps
+        self.max_grad_norm = max_grad_norm
+        self.compute_dtype = None if compute_dtype is None else jnp.dtype(compute_dtype)
+        self.trainable = trainable
+
+    @abc.abstractmethod
+    def loss(self, model: Any, batch: Any, key: Array | None) -> Loss:
+        """The loss of a batch, a pure function. `key` is for dropout and the like; None in evaluation."""
+
+    def prepare(self, state: TrainState, batch: Any) -> Any:
+        """What the step gets to see of what the data gave; outside of jit, so it may run the model."""
+        return batch
+
+    def init(self, model: nnx.Module, key: Array) -> TrainState:
+        """The state at the beginning. Optimizer state lies on the mesh as the parameters that it belongs to."""
+        trained = nnx.state(model, self.trainable)
+        if not jax.tree.leaves(trained):
+            raise ValueError(f"the model has no parameter that {self.trainable} selects: there is nothing to train")
+        shardings = _shardings_like(jax.eval_shape(self.optimizer.init, trained), trained)
+        scale = None
+        if self.compute_dtype == jnp.float16:
+            scale = LossScale(value=jnp.float32(2.0**16), good_updates=jnp.int32(0))
+        return TrainState(
+            step=jnp.int32(0),
+            model=model,
+            opt_state=jax.jit(self.optimizer.init, out_shardings=shardings)(trained),
+            key=key,
+            skipped=jnp.int32(0),
+            loss_scale=scale,
+        )
+
+    @functools.cached_property
+    def step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+        """step(state, batch) -> the next state and metrics, compiled. The state given is used up."""
+        return jax.jit(self._step, donate_argnums=0)
+
+    @functools.cached_property
+    def _sums(self) -> Callable[[nnx.Module, Any], Loss]:
+        return jax.jit(lambda model, batch: self.loss(_cast(model, self.compute_dtype), batch, None))
+
+    def fit(
+        self,
+        state: TrainState,
+        batches: Iterable[Any],
+        *,
+        num_steps: int,
+        observers: Iterable[Observer] = (),
+        throughput: Throughput | None = None,
+    ) -> TrainState:
+        """Train until `num_steps` steps are done in all, the batches end, or an observer returns true."""
+        batches = iter(batches)
+        place = _placement(state.model)
+        throughput = throughput or Throughput()
+        for step in range(int(state.step) + 1, num_steps + 1):
+            with throughput.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            state, metrics = self.step(state, place(self.prepare(state, batch)))
+            wishes = [observe(step, state, metrics) for observe in observers]
+            if any(wishes):
+                break
+        return state
+
+    def evaluate(self, model: nnx.Module, batches: Iterable[Any]) -> dict[str, float]:
+        """Means over all the batches together: `loss`, the metrics, and the `weight` that the loss was divided by."""
+        place = _placement(model)
+        total: dict[str, np.ndarray] = {}
+        for batch in batches:
+            loss = self._sums(model, place(batch))
+            for name, pair in {"loss": (loss.sum, loss.weight), **loss.metrics}.items():
+                total[name] = total.get(name, 0) + np.array(pair, np.float64)
+        if not total or not total["loss"][1] > 0:
+            raise ValueError("there is nothing to evaluate on: no batch has a token with a weight")
+        means = {name: float(pair[0] / pair[1]) if pair[1] else math.nan for name, pair in total.items()}
+        return means | {"weight": float(total["loss"][1])}
+
+    def _step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        graph, trained, frozen = nnx.split(state.model, self.trainable, ...)
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.value
+
+        def scaled_sum(trained: nnx.State, batch: Any, key: Array) -> tuple[Array, Loss]:
+            loss = self.loss(_cast(nnx.merge(graph, trained, frozen), self.compute_dtype), batch, key)
+            return loss.sum * scale, loss
+
+        key = jax.random.fold_in(state.key, state.step)
+        gradients, loss = _accumulate(scaled_sum, trained, batch, key, self.accumulation_steps)
+        weight = jnp.where(loss.weight > 0, loss.weight, 1)
+        norm = optax.tree.norm(gradients) / (weight * scale)
+        good = jnp.isfinite(norm) & jnp.isfinite(loss.sum) & (loss.weight > 0)
+        limit = jnp.inf if self.max_grad_norm is None else self.max_grad_norm
+        factor = jnp.where(norm > limit, limit / norm, 1) / (weight * scale)
+        gradients = jax.tree.map(lambda g: (g * factor).astype(g.dtype), gradients)
+
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
+        updated = optax.apply_updates(trained, updates)
+        updated, opt_state = (
+            jax.tree.map(functools.partial(jnp.where, good), new, old)
+            for new, old in ((updated, trained), (opt_state, state.opt_state))
+        )
+        metrics = {name: _mean(*pair) for name, pair in loss.metrics.items()}
+        metrics |= {"loss": _mean(loss.sum, loss.weight), "weight": loss.weight, "grad_norm": norm}
+        if self.learning_rate is not None:
+            metrics["learning_rate"] = self.learning_rate(state.step - state.skipped)
+        if state.loss_scale is not None:
+            metrics["loss_scale"] = state.loss_scale.value
+        state = replace(
+            state,
+            step=state.step + 1,
+            model=nnx.merge(graph, updated, frozen),
+            opt_state=opt_state,
+            skipped=state.skipped + jnp.where(good, 0, 1),
+            loss_scale=_next_scale(state.loss_scale, good),
+        )
+        return state, metrics | {"skipped": state.skipped}
+
+
+def _accumulate(
+    scaled_sum: Callable[[Any, Any, Array], tuple[Array, Loss]], trained: Any, batch: Any, key: Array, num_steps: int
+) -> tuple[Any, Loss]:
+    """Gradients, and sums, of all micro-batches added up in float32; micro-batch i has rows i, i + num_steps, …"""
+    gradient = jax.grad(scaled_sum, has_aux=True)
+    if num_steps == 1:
+        return gradient(trained, batch, key)
+
+    def cut(x: Array) -> Array:
+        if x.shape[0] % num_steps:
+            raise ValueError(f"a batch of {x.shape[0]} rows cannot be cut evenly into {num_steps} micro-batches")
+        return x.reshape(x.shape[0] // num_steps, num_steps, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(sums: Any, inputs: tuple[Any, Array]) -> tuple[Any, None]:
+        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, gradient(trained, *inputs)), None
+
+    inputs = (jax.tree.map(cut, batch), jax.random.split(key, num_steps))
+    first = jax.tree.map(lambda x: x[0], inputs)
+    shapes = jax.eval_shape(gradient, trained, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
+    return jax.lax.scan(add, zeros, inputs)[0]
+
+
+def _mean(total: Array, weight: Array) -> Array:
+    return total / weight
+
+
+def _cast(model: nnx.Module, dtype: np.dtype | None) -> nnx.Module:
+    """The model with floating-point parameters in that dtype, None for as they are."""
+    if dtype is None:
+        return model
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, model)
+
+
+def _next_scale(scale: LossScale | None, good: Array) -> LossScale | None:
+    """Half of the scale after an overflow, the double after many updates without."""
+    if scale is None:
+        return None
+    grown = good & (scale.good_updates + 1 >= _GROWTH_INTERVAL)
+    value = jnp.where(
+        good, jnp.where(grown, jnp.minimum(2 * scale.value, _LARGEST_SCALE), scale.value), scale.value / 2
+    )
+    return LossScale(
+        value=jnp.maximum(value, 1.0),
+        good_updates=jnp.where(good & ~grown, scale.good_updates + 1, 0).astype(jnp.int32),
+    )
+
+
+def _mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that arrays lie on, or None."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
+
+
+def _shardings_like(opt_state: Any, trained: Any) -> Any:
+    """Shardings of optimizer state: that of the parameter with the same path and shape, else whole on each device.
+
+    None, which leaves it to jax, without a mesh.
+    """
+    mesh = _mesh_of(trained)
+    if mesh is None:
+        return None
+    parameters = [(_keys(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trained)]
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        keys = _keys(path)
+        for own, parameter in parameters:
+            if keys[-len(own) :] == own and parameter.shape == leaf.shape:
+                return parameter.sharding
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def _keys(path: tuple) -> tuple[str, ...]:
+    return tuple(str(key) for key in path)
+
+
+def _placement(model: nnx.Module) -> Callable[[Any], Any]:
+    """How this process's rows of a batch become arrays: cut over the mesh of the model, if it lies on one."""
+    mesh = _mesh_of(model)
+    if mesh is None:
+        return lambda batch: batch
+    sharding = NamedSharding(mesh, batch_spec(mesh))
+    return lambda batch: jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
