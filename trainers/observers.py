@@ -1,0 +1,188 @@
+"""What happens beside training after a step: metrics are written, the model is evaluated, the run is saved."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from jax import Array
+
+from data.loading import Loader
+from models.llama import LlamaConfig
+from trainers.checkpoints import Checkpointer
+from trainers.flops import document_lengths, peak_memory_bytes, training_flops
+from trainers.logs import MetricWriter
+from trainers.metrics import Throughput
+from trainers.progress import ProgressBar
+from trainers.trainer import TrainState
+
+_BEHIND = 2  # steps by which a check lags, so that it does not wait for the device
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says at which step and why."""
+
+
+def counted(
+    batches: Iterable[Any],
+    throughput: Throughput,
+    config: LlamaConfig,
+    *,
+    processes: int,
+    adapter_params: int | None = None,
+) -> Iterator[Any]:
+    """The batches, each counted as a step's tokens and FLOPs; `processes` share a step, each with rows like these."""
+    for batch in batches:
+        lengths = document_lengths(batch.segments_BT)
+        throughput.add_step(
+            tokens=int(lengths.sum()) * processes,
+            flops=training_flops(config, lengths, adapter_params=adapter_params) * processes,
+        )
+        yield batch
+
+
+class Recorder:
+    """Writes metrics every so many steps, shows progress after each.
+
+    A record has the metrics of its own step, and rates over all steps since the one before.
+    """
+
+    def __init__(
+        self, writer: MetricWriter, progress: ProgressBar, throughput: Throughput, *, every_steps: int, num_steps: int
+    ):
+        self._writer, self._progress, self._throughput = writer, progress, throughput
+        self._every_steps, self._num_steps = every_steps, num_steps
+        self._first = True
+
+    def __call__(self, step: int, state: TrainState, metrics: Mapping[str, Array]) -> None:
+        if step % self._every_steps == 0 or step == self._num_steps or self._first:
+            self.record(step, metrics)
+        self._progress.advance(step)
+
+    def record(self, step: int, metrics: Mapping[str, Array]) -> None:
+        """Write the metrics of a step; the first record has no rates, since that step compiled."""
+        values = {name: float(value) for name, value in metrics.items()}
+        if "nll" in values:
+            values["perplexity"] = perplexity(values["nll"])
+        rates = self._throughput.report()
+        values |= {} if self._first else rates
+        self._first = False
+        if (memory := peak_memory_bytes()) is not None:
+            values["peak_memory_bytes"] = memory
+        self.write(step, values)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._writer.write(step, values)
+        self._progress.write(step, values)
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll), infinite where that is too large for a float."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+class Evaluator:
+    """Evaluates every so many steps and at the last one; ends training after `patience` evaluations without a gain.
+
+    `latest` are the last evaluation's metrics. `state` and `restore` carry over what the patience has counted.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[TrainState], Mapping[str, float]],
+        recorder: Recorder,
+        throughput: Throughput,
+        *,
+        every_steps: int,
+        num_steps: int,
+        patience: int | None,
+    ):
+        self._evaluate, self._recorder, self._throughput = evaluate, recorder, throughput
+        self._every_steps, self._num_steps, self._patience = every_steps, num_steps, patience
+        self._best, self._waited = math.inf, 0
+        self.latest: dict[str, float] = {}
+        self.stopped = False
+
+    def __call__(self, step: int, state: TrainState, metrics: Mapping[str, Array]) -> bool:
+        self.latest = {}
+        if step % self._every_steps and step != self._num_steps:
+            return False
+        metrics["loss"].block_until_ready()
+        with self._throughput.paused():
+            values = dict(self._evaluate(state))
+        self.latest = {f"validation/{name}": value for name, value in values.items()}
+        if "nll" in values:
+            self.latest["validation/perplexity"] = perplexity(values["nll"])
+        self._recorder.write(step, self.latest)
+        better = values["loss"] < self._best
+        self._best, self._waited = (values["loss"], 0) if better else (self._best, self._waited + 1)
+        self.stopped = self._patience is not None and self._waited >= self._patience
+        return self.stopped
+
+    def state(self) -> dict[str, Any]:
+        return {"best": None if math.isinf(self._best) else self._best, "waited": self._waited}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._best, self._waited = math.inf if state["best"] is None else state["best"], state["waited"]
+
+
+class Saver:
+    """Saves the run when a checkpoint is due, at the last step, and when `interrupted` says that it is to end."""
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        loader: Loader,
+        evaluator: Evaluator | None,
+        throughput: Throughput,
+        *,
+        settings: Mapping[str, Any],
+        num_steps: int,
+        interrupted: Callable[[], bool],
+    ):
+        self._checkpointer, self._loader, self._evaluator = checkpointer, loader, evaluator
+        self._throughput, self._settings, self._num_steps = throughput, settings, num_steps
+        self._interrupted = interrupted
+
+    def __call__(self, step: int, state: TrainState, metrics: Mapping[str, Array]) -> bool:
+        end = self._interrupted()
+        stopped = self._evaluator is not None and self._evaluator.stopped
+        if self._checkpointer.due(step, last=end or stopped or step == self._num_steps):
+            with self._throughput.paused():
+                self.save(step, state)
+        return end
+
+    def save(self, step: int, state: TrainState) -> None:
+        data_state = {"loader": self._loader.state()}
+        if self._evaluator is not None:
+            data_state["evaluator"] = self._evaluator.state()
+        latest = {} if self._evaluator is None else self._evaluator.latest
+        self._checkpointer.save(step, state, data_state=data_state, settings=self._settings, metrics=latest)
+
+
+class BadSteps:
+    """Raises RunError after `limit` steps in a row whose loss or gradients were not finite."""
+
+    def __init__(self, limit: int, *, skipped: int):
+        self._limit, self._last, self._in_a_row = limit, skipped, 0
+        self._pending: deque[tuple[int, Array]] = deque()
+
+    def __call__(self, step: int, state: TrainState, metrics: Mapping[str, Array]) -> None:
+        self._pending.append((step, metrics["skipped"]))
+        if len(self._pending) > _BEHIND:
+            self.check(*self._pending.popleft())
+
+    def finish(self) -> None:
+        """Look at the steps that have not been looked at yet."""
+        while self._pending:
+            self.check(*self._pending.popleft())
+
+    def check(self, step: int, skipped: Array) -> None:
+        skipped = int(skipped)
+        self._in_a_row = self._in_a_row + 1 if skipped > self._last else 0
+        self._last = skipped
+        if self._in_a_row >= self._limit:
+            raise RunError(
+                f"loss or gradients were not finite for {self._in_a_row} steps up to step {step}: "
+                "lower the learning rate, or look at the data"
+            )

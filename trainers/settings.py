@@ -1,0 +1,141 @@
+"""The settings of a run, as YAML files and flags give them: a section for each owner."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data.datasets import DataConfig
+from models.llama.lora import LoraConfig
+from trainers.checkpoints import CheckpointConfig
+from trainers.language_model import LanguageModelConfig
+from trainers.logs import WandbOptions
+from trainers.optimizers import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the network comes from: a `checkpoint` to go on from, or a `preset` with random weights.
+
+    `changes` replace fields of the preset's LlamaConfig; its vocabulary is the tokenizer's unless changed. `dtype` is
+    that of the parameters: float32 to train them; bfloat16 saves memory where they are frozen, under adapters.
+    """
+
+    checkpoint: str | None = None
+    preset: str | None = None
+    changes: dict[str, int | float | bool | str] = field(default_factory=dict)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.preset is None):
+            raise ValueError(f"give checkpoint or preset, one of the two, not {self.checkpoint!r} and {self.preset!r}")
+        if self.changes and self.preset is None:
+            raise ValueError(f"changes {', '.join(self.changes)} are for a preset; a checkpoint is as it is")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, how fast and how wide a run is.
+
+    `steps` or `epochs` of `batch_size` rows, over all devices, each in `accumulation_steps` micro-batches.
+    `learning_rate` is the peak. Every `eval_every` steps and at the end, up to `eval_batches` of the validation data
+    are evaluated; training ends after `patience` evaluations without a lower loss, or `max_bad_steps` steps in a row
+    that are not finite. Other fields as in `trainers.trainer.Trainer`.
+    """
+
+    batch_size: int
+    learning_rate: float
+    steps: int | None = None
+    epochs: float | None = None
+    accumulation_steps: int = 1
+    max_grad_norm: float | None = 1.0
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 500
+    eval_batches: int | None = None
+    patience: int | None = None
+    max_bad_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"give steps or epochs, one of the two, not {self.steps} and {self.epochs}")
+        for name in (
+            *("batch_size", "learning_rate", "steps", "epochs", "accumulation_steps", "max_grad_norm", "log_every"),
+            *("eval_every", "eval_batches", "patience", "max_bad_steps"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, not {self.seed}")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation_steps {self.accumulation_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1 along at most one of them takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"axes are positive, and one of them may be -1; not data, fsdp, tensor = {sizes}")
+
+    def shape(self, num_devices: int) -> tuple[int, int, int]:
+        """Sizes of data, fsdp and tensor. Raises ValueError where they do not make up all of the devices."""
+        sizes = (self.data, self.fsdp, self.tensor)
+        known = 1
+        for size in sizes:
+            known *= size if size > 0 else 1
+        if num_devices % known or (-1 not in sizes and known != num_devices):
+            raise ValueError(
+                f"a mesh of data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} does not fit {num_devices} devices"
+            )
+        return tuple(num_devices // known if size == -1 else size for size in sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where metrics go besides metrics.jsonl, and how progress is shown on standard error."""
+
+    tensorboard: bool = False
+    wandb: WandbOptions | None = None
+    progress: Literal["auto", "bar", "lines", "silent"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run of pretraining or supervised fine-tuning.
+
+    `tokenizer` is a folder or file, by default the checkpoint's; "characters" makes one of the training text. All that
+    the run makes is in `output_dir`.
+    """
+
+    output_dir: str
+    model: ModelConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    tokenizer: str | None = None
+    loss: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig | None = None
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every_steps=500, keep_last=2))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None and self.model.checkpoint is None:
+            raise ValueError("a model with random weights needs a tokenizer: a folder, a file, or characters")
+        if self.model.dtype != "float32" and self.lora is None:
+            raise ValueError(f"model.dtype {self.model.dtype} loses small updates: train parameters in float32")
+        validated = bool(self.data.validation or self.data.validation_fraction)
+        if self.trainer.patience is not None and not validated:
+            raise ValueError(f"patience {self.trainer.patience} needs validation data")
+        metric = self.checkpoint.metric
+        if metric is not None and not (validated and metric.startswith("validation/")):
+            raise ValueError(f"checkpoint.metric {metric!r} must be of validation, such as validation/loss")
