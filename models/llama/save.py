@@ -73,12 +73,14 @@ def save_pretrained(
     files where `tokenizer_from` is another folder; with None, tokenizer files that are there stay. Needs host memory
     for one tensor.
 
-    Raises ValueError for a network that no Hugging Face architecture describes, NotADirectoryError where a path is a
-    file, FileNotFoundError where `tokenizer_from` is not there.
+    Raises ValueError for a network that no Hugging Face architecture describes or that has adapters, NotADirectoryError
+    where a path is a file, FileNotFoundError where `tokenizer_from` is not there.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; a checkpoint is a folder")
+    if model.blocks.adapters is not None:
+        raise ValueError("the network has adapters: write them with save_peft, or merge_lora first")
     copied = _tokenizer_files(tokenizer_from)
     sources = _sources(model, None if dtype is None else jnp.dtype(dtype))
     config = config_to_hf(model.config) | _token_ids(tokenizer_from)

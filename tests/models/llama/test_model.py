@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from models.llama.config import LlamaConfig, config_from_hf
-from models.llama.model import LLaMa
+from models.llama.model import REMAT, LLaMa
 from utils import kvcache
 from utils.rope import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
 
@@ -453,3 +453,118 @@ def test_the_implementation_reaches_attention():
             network(PLAIN)(tokens_of(1, 4), implementation=implementation)
     with pytest.raises(ValueError, match="window known when compiling"):
         network(CONFIGS["mixed-windows"])(tokens_of(1, 128), implementation="splash")
+
+
+# For training: what is stored, and dropout.
+
+
+@partial(jax.jit, static_argnames=("remat", "dropout_rate"))
+def loss_and_gradients(model, tokens, **options):
+    def loss(model):
+        x_BTD, _ = model.hidden(tokens, **options)
+        return jax.nn.logsumexp(model.unembed(x_BTD), axis=-1).sum()
+
+    return jax.value_and_grad(loss)(model)
+
+
+def assert_same_gradients(got, want):
+    assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-6)
+    for one, other in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        assert_near(one, other)
+
+
+DEEP = replace(PLAIN, num_layers=6, layer_windows=(None, 3) * 3)
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+def test_what_is_stored_changes_no_gradient(remat):
+    """Computed again, dropout is the same again."""
+    options = dict(dropout_rate=0.3, key=jax.random.key(4))
+    got, want = (loss_and_gradients(network(DEEP), tokens_of(2, 12), remat=way, **options) for way in (remat, "none"))
+    assert_same_gradients(got, want)
+
+
+def test_each_way_stores_less_than_the_one_before():
+    config = replace(
+        PLAIN, num_layers=16, layer_windows=(None,) * 16, hidden_size=32, intermediate_size=128, head_dim=16
+    )
+    model = jax.eval_shape(lambda: LLaMa(config, key=jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    one = 2 * 128 * 32 * 4  # bytes of x_BTD
+
+    def stored_bytes(remat):
+        def pull(model, tokens):
+            return jax.vjp(lambda model: model.hidden(tokens, remat=remat)[0], model)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(pull, model, tokens))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    # Of each layer, in units of x_BTD: its input; queries and attention 2 each, keys, values and attention's output;
+    # gate and up 4 each; and with "none" norms, rotations and activations too.
+    none, dots, block, everything = (stored_bytes(remat) for remat in ("none", "dots", "block", "everything"))
+    assert none > dots + 16 * 8 * one
+    assert dots > block + 16 * 14 * one
+    assert block > everything + 11 * one
+
+    def temp_bytes(remat):
+        return loss_and_gradients.lower(model, tokens, remat=remat).compile().memory_analysis().temp_size_in_bytes
+
+    none, dots, block = (temp_bytes(remat) for remat in ("none", "dots", "block"))
+    assert none > dots + 16 * 4 * one
+    assert dots > block + 16 * 12 * one
+
+
+def test_stored_attention_is_not_computed_again():
+    """With "dots" the backward pass finds attention's output: its softmax is gone through as often as with "none"."""
+
+    def exps(remat):
+        program = jax.make_jaxpr(partial(loss_and_gradients.__wrapped__, remat=remat))(network(PLAIN), tokens_of(1, 8))
+        return str(program).count(" exp ")
+
+    assert exps("none") == exps("dots") < exps("block")
+
+
+def test_unknown_remat_is_refused():
+    with pytest.raises(ValueError, match="remat 'all' is none of none, dots, block, everything"):
+        network(PLAIN).hidden(tokens_of(1, 4), remat="all")
+
+
+@jax.jit
+def _noisy(model, tokens, key):
+    return model.hidden(tokens, dropout_rate=0.3, key=key)[0]
+
+
+def test_dropout_is_of_the_embeddings_and_what_each_layer_adds():
+    """A network that adds up digits: 10000 of the embeddings, 1, 10, 100 and 1000 of its four sublayers' biases."""
+    config = replace(PLAIN, out_bias=True, mlp_bias=True, rms_norm_eps=1e14)
+    model = jax.tree.map(jnp.zeros_like, network(config))
+    model.embed_VD = type(model.embed_VD)(jnp.full_like(model.embed_VD[...], 1e4))
+    model.norm_D = type(model.norm_D)(jnp.full_like(model.norm_D[...], 1e7))
+    per_layer = jnp.array([[1.0], [10.0]]) * jnp.ones((2, 16))
+    model.blocks.o_bias_D = type(model.norm_D)(per_layer)
+    model.blocks.down_bias_D = type(model.norm_D)(100 * per_layer)
+
+    def digits(key):
+        total = np.rint(np.asarray(_noisy(model, tokens_of(16, 32), key)) * 0.7).astype(int)
+        return np.stack([total // 10**n % 10 for n in range(5)])
+
+    kept = digits(jax.random.key(0))
+    assert set(np.unique(kept)) == {0, 1}
+    np.testing.assert_allclose(kept.reshape(5, -1).mean(1), 0.7, atol=0.02)
+    for axis in (1, 2, 3):
+        assert kept.mean(axis=axis).std() < 0.15, "whole rows, positions or components are dropped together"
+    for one, other in [(i, j) for i in range(5) for j in range(i)]:
+        agreement = (kept[one] == kept[other]).mean()
+        assert agreement == pytest.approx(0.7**2 + 0.3**2, abs=0.03), (one, other)
+    np.testing.assert_array_equal(digits(jax.random.key(0)), kept)
+    assert (digits(jax.random.key(1)) == kept).mean() == pytest.approx(0.58, abs=0.03)
+
+
+def test_dropout_needs_a_key_and_a_rate():
+    model, tokens = network(PLAIN), tokens_of(2, 12)
+    want, _ = jax.jit(lambda m, t: m.hidden(t))(model, tokens)
+    np.testing.assert_array_equal(_noisy(model, tokens, None), want)
+    np.testing.assert_array_equal(
+        jax.jit(lambda m, t, k: m.hidden(t, key=k)[0])(model, tokens, jax.random.key(0)), want
+    )
+    assert np.abs(_noisy(model, tokens, jax.random.key(0)) - want).max() > 0.1
