@@ -43,7 +43,8 @@ def _check_shapes_at_every_call() -> None:
         from jaxtyping import jaxtyped
     except ImportError:
         return
-    for name in ("utils.ops", "utils.rope", "utils.kvcache", "utils.attention", "sampling"):
+    arrays = ("ops", "rope", "kvcache", "blockwise", "attention")
+    for name in (*(f"utils.{own}" for own in arrays), "sampling", "trainers.losses"):
         module = importlib.import_module(name)
         for key, value in list(vars(module).items()):
             if inspect.isfunction(value) and value.__module__ == name and not key.startswith("_"):

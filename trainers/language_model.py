@@ -14,11 +14,14 @@ from utils.shapes import Array
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig:
-    """How the model is run for the loss: see `LLaMa.hidden` (remat, dropout, attention) and `cross_entropy`."""
+    """How the model is run for the loss: see `LLaMa.hidden` (remat, dropout, attention) and `cross_entropy`.
+
+    cuDNN's attention is no choice: it knows no segments, and every batch has them.
+    """
 
     dropout: float = 0.0
     remat: Literal["none", "dots", "block", "everything"] = "dots"
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "xla", "splash"] = "auto"
     z_loss: float = 0.0
     label_smoothing: float = 0.0
 

@@ -43,7 +43,8 @@ def cross_entropy(
 
     `unembedding` is the output matrix and its letters, DV or VD. `z_loss` multiplies the squared logarithm of the
     softmax's denominator (arXiv:2204.02311, sec. 5), `label_smoothing` is the share of each target spread over all of
-    the vocabulary (arXiv:1512.00567, sec. 7). About `chunk_logits` logits are in memory at once.
+    the vocabulary (arXiv:1512.00567, sec. 7). Targets without weight may be any number. About `chunk_logits` logits are
+    in memory at once.
 
     Only `loss` has a gradient, towards x_BTD and the output matrix: both are computed along with the loss itself, while
     a chunk's logits are at hand, so that the three products with the vocabulary are all there are. Softmax and sums are
@@ -54,6 +55,7 @@ def cross_entropy(
     letters, weight = unembedding
     if chunk_logits is None:
         chunk_logits = _CPU_LOGITS if jax.default_backend() == "cpu" else _ACCELERATOR_LOGITS
+    targets_BT = jnp.where(weights_BT == 0, 0, targets_BT)  # so that they may be anything, such as -100
     B, T, _ = x_BTD.shape
     V = weight.shape[letters.index("V")]
     num_chunks = min(T, max(1, -(-B * T * V // chunk_logits)))
@@ -79,12 +81,16 @@ def _cross_entropy(options: _Options, x_BTD: Array, weight: Array, targets_BT: A
 def _forward(options: _Options, x_BTD: Array, weight: Array, targets_BT: Array, weights_BT: Array):
     """The sums, and the gradients of the loss for a cotangent of 1."""
 
+    # In float16 small gradients would vanish before the loss scale, which comes with the cotangent, can lift them.
+    half = x_BTD.dtype == jnp.float16
+    factor, kept = (2.0**8, jnp.float32) if half else (1.0, x_BTD.dtype)
+
     def chunk(carry, inputs):
         sums, dweight = carry
         x_BCD = inputs[0]
         new, dlogits_BCV = _chunk_sums(options, weight, *inputs)
-        dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
-        dx_BCD = jnp.einsum(f"BCV,{options.letters}->BCD", dlogits_BCV, weight)
+        dlogits_BCV = (dlogits_BCV * factor).astype(x_BCD.dtype)
+        dx_BCD = jnp.einsum(f"BCV,{options.letters}->BCD", dlogits_BCV, weight, preferred_element_type=kept)
         first, second = (x_BCD, dlogits_BCV) if options.letters == "DV" else (dlogits_BCV, x_BCD)
         spec = "BCD,BCV->DV" if options.letters == "DV" else "BCV,BCD->VD"
         dweight += jnp.einsum(spec, first, second, preferred_element_type=jnp.float32)
@@ -95,13 +101,17 @@ def _forward(options: _Options, x_BTD: Array, weight: Array, targets_BT: Array, 
     (sums, dweight), dx_XBCD = jax.lax.scan(chunk, carry, chunks)
     B, T, D = x_BTD.shape
     dx_BTD = jnp.moveaxis(dx_XBCD, 0, 1).reshape(B, -1, D)[:, :T]
-    return sums, (dx_BTD, dweight.astype(weight.dtype))
+    if half:
+        dx_BTD, dweight = dx_BTD / factor, dweight / factor
+    else:
+        dweight = dweight.astype(weight.dtype)
+    return sums, (dx_BTD, dweight, x_BTD[:0], weight[:0])
 
 
-def _backward(options: _Options, saved: tuple[Array, Array], cotangents: tuple[Array, ...]):
-    dx_BTD, dweight = saved
+def _backward(options: _Options, saved: tuple[Array, ...], cotangents: tuple[Array, ...]):
+    dx_BTD, dweight, x, weight = saved
     dloss = cotangents[0]
-    return (dx_BTD * dloss).astype(dx_BTD.dtype), (dweight * dloss).astype(dweight.dtype), None, None
+    return (dx_BTD * dloss).astype(x.dtype), (dweight * dloss).astype(weight.dtype), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)

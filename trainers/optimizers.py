@@ -17,16 +17,17 @@ class OptimizerConfig:
     """How parameters follow their gradients. The peak learning rate and the number of steps are the run's.
 
     `warmup` is a number of steps, or as a float below 1 a fraction of all. Behind it the rate stays constant, or falls
-    to `final_fraction` of its peak: as a half cosine, linearly, or (wsd) constantly up to the last `decay_fraction` of
-    the steps and linearly from there. `weight_decay` is decoupled and leaves norms and biases alone. `b1`, `b2` and
-    `eps` are those of AdamW and of Muon's AdamW part; Lion has `b1` and `b2`, Adafactor none; Muon's `momentum` is its
-    own. None takes the optimizer's usual value: b1 0.9, b2 0.95 (Lion: 0.99), eps 1e-8, momentum 0.95.
+    to `final_fraction` of its peak, by default a tenth: as a half cosine, linearly, or (wsd) constantly up to the last
+    `decay_fraction` of the steps and linearly from there. `weight_decay` is decoupled and leaves norms and biases
+    alone. `b1`, `b2` and `eps` are those of AdamW and of Muon's AdamW part, which has Nesterov's momentum; Lion has
+    `b1` and `b2`, Adafactor none; Muon's `momentum` is its own. None takes the optimizer's usual value: b1 0.9, b2 0.95
+    (Lion: 0.99), eps 1e-8, momentum 0.95.
     """
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     warmup: int | float = 0
-    final_fraction: float = 0.1
+    final_fraction: float | None = None
     decay_fraction: float | None = None
     weight_decay: float = 0.0
     b1: float | None = None
@@ -40,14 +41,16 @@ class OptimizerConfig:
                 raise ValueError(f"{field} {value!r} is none of {', '.join(known)}")
         if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup >= 1):
             raise ValueError(f"warmup {self.warmup} must be a number of steps, or a fraction of them below 1")
-        if not 0 <= self.final_fraction <= 1:
+        if self.final_fraction is not None and self.schedule == "constant":
+            raise ValueError(f"final_fraction {self.final_fraction} means nothing to a constant schedule")
+        if self.final_fraction is not None and not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction {self.final_fraction} must be from 0 to 1")
         if (self.decay_fraction is not None) != (self.schedule == "wsd"):
             raise ValueError(f"decay_fraction {self.decay_fraction} belongs to the schedule wsd, not {self.schedule}")
         if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction {self.decay_fraction} must be above 0 and at most 1")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay {self.weight_decay} must not be negative")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay {self.weight_decay} must be a number from 0")
         own = {
             "adamw": ("b1", "b2", "eps"),
             "lion": ("b1", "b2"),
@@ -95,16 +98,19 @@ def make_optimizer(config: OptimizerConfig, *, learning_rate: float, num_steps: 
                 optax.scale_by_learning_rate(schedule),
             )
         case "muon":
-            transformation = contrib.muon(
-                schedule,
-                beta=value("momentum", 0.95),
-                weight_decay=config.weight_decay,
-                weight_decay_mask=decayed,
-                adam_b1=b1,
-                adam_b2=b2,
-                adam_weight_decay=config.weight_decay,
-                muon_weight_dimension_numbers=_muon_dimensions,
-                consistent_rms=0.2,
+            # Its own decay would not spare norms and biases. A rate of -1 leaves its result not yet turned downhill.
+            transformation = optax.chain(
+                contrib.muon(
+                    -1.0,
+                    beta=value("momentum", 0.95),
+                    eps=eps,
+                    adam_b1=b1,
+                    adam_b2=b2,
+                    muon_weight_dimension_numbers=_muon_dimensions,
+                    consistent_rms=0.2,
+                ),
+                optax.add_decayed_weights(config.weight_decay, decayed),
+                optax.scale_by_learning_rate(schedule),
             )
     return Optimizer(transformation, schedule)
 
@@ -119,12 +125,13 @@ def make_schedule(config: OptimizerConfig, *, learning_rate: float, num_steps: i
     decay = round((config.decay_fraction or 0) * num_steps)
     if warmup + decay > num_steps:
         raise ValueError(f"warm-up of {warmup} steps and decay of {decay} do not fit into {num_steps} steps")
-    rest, end = num_steps - warmup, learning_rate * config.final_fraction
+    final = 0.1 if config.final_fraction is None else config.final_fraction
+    rest, end = num_steps - warmup, learning_rate * final
     match config.schedule:
         case "constant":
             main = optax.constant_schedule(learning_rate)
         case "cosine":
-            main = optax.cosine_decay_schedule(learning_rate, max(1, rest), config.final_fraction)
+            main = optax.cosine_decay_schedule(learning_rate, max(1, rest), final)
         case "linear":
             main = optax.linear_schedule(learning_rate, end, max(1, rest))
         case "wsd":

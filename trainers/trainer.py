@@ -20,7 +20,7 @@ from utils.sharding import batch_spec
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _GROWTH_INTERVAL = 2000  # updates without overflow after which the loss scale doubles
-_LARGEST_SCALE = 2.0**24
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-24, 2.0**24  # below 1 too: gradients are sums, so a batch may be large
 
 
 class Loss(NamedTuple):
@@ -110,6 +110,7 @@ class Trainer(abc.ABC):
         self.max_grad_norm = max_grad_norm
         self.compute_dtype = None if compute_dtype is None else jnp.dtype(compute_dtype)
         self.trainable = trainable
+        self._shardings: tuple[Any, Any] | None = None  # of what is trained and of optimizer state, on a mesh
 
     @abc.abstractmethod
     def loss(self, model: Any, batch: Any, key: Array | None) -> Loss:
@@ -120,22 +121,25 @@ class Trainer(abc.ABC):
         return batch
 
     def init(self, model: nnx.Module, key: Array) -> TrainState:
-        """The state at the beginning. Optimizer state lies on the mesh as the parameters that it belongs to."""
+        """The state at the beginning. Optimizer state lies on the mesh as the parameters that it belongs to.
+
+        The arrays of `model` and `key` are the state's from now on: the first step uses them up.
+        """
         trained = nnx.state(model, self.trainable)
         if not jax.tree.leaves(trained):
             raise ValueError(f"the model has no parameter that {self.trainable} selects: there is nothing to train")
         shardings = _shardings_like(jax.eval_shape(self.optimizer.init, trained), trained)
+        if shardings is not None:
+            self._shardings = jax.tree.map(lambda x: x.sharding, trained), shardings
         scale = None
         if self.compute_dtype == jnp.float16:
             scale = LossScale(value=jnp.float32(2.0**16), good_updates=jnp.int32(0))
-        return TrainState(
-            step=jnp.int32(0),
-            model=model,
-            opt_state=jax.jit(self.optimizer.init, out_shardings=shardings)(trained),
-            key=key,
-            skipped=jnp.int32(0),
-            loss_scale=scale,
-        )
+        scalars = dict(step=jnp.int32(0), key=key, skipped=jnp.int32(0), loss_scale=scale)
+        if shardings is not None:  # where the first step leaves them, else the second one would be compiled anew
+            everywhere = NamedSharding(_mesh_of(trained), PartitionSpec())
+            scalars = jax.jit(lambda x: x, out_shardings=everywhere)(scalars)
+        opt_state = jax.jit(self.optimizer.init, out_shardings=shardings)(trained)
+        return TrainState(model=model, opt_state=opt_state, **scalars)
 
     @functools.cached_property
     def step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
@@ -194,11 +198,11 @@ class Trainer(abc.ABC):
         key = jax.random.fold_in(state.key, state.step)
         gradients, loss = _accumulate(scaled_sum, trained, batch, key, self.accumulation_steps)
         weight = jnp.where(loss.weight > 0, loss.weight, 1)
-        norm = optax.tree.norm(gradients) / (weight * scale)
+        norm = optax.tree.norm(optax.tree.cast(gradients, jnp.float32)) / (weight * scale)
         good = jnp.isfinite(norm) & jnp.isfinite(loss.sum) & (loss.weight > 0)
         limit = jnp.inf if self.max_grad_norm is None else self.max_grad_norm
         factor = jnp.where(norm > limit, limit / norm, 1) / (weight * scale)
-        gradients = jax.tree.map(lambda g: (g * factor).astype(g.dtype), gradients)
+        gradients = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), gradients, trained)
 
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
         updated = optax.apply_updates(trained, updates)
@@ -206,6 +210,8 @@ class Trainer(abc.ABC):
             jax.tree.map(functools.partial(jnp.where, good), new, old)
             for new, old in ((updated, trained), (opt_state, state.opt_state))
         )
+        if self._shardings is not None:  # else the compiler may choose others for the next step
+            updated, opt_state = jax.lax.with_sharding_constraint((updated, opt_state), self._shardings)
         metrics = {name: _mean(*pair) for name, pair in loss.metrics.items()}
         metrics |= {"loss": _mean(loss.sum, loss.weight), "weight": loss.weight, "grad_norm": norm}
         if self.learning_rate is not None:
@@ -266,7 +272,7 @@ def _next_scale(scale: LossScale | None, good: Array) -> LossScale | None:
         good, jnp.where(grown, jnp.minimum(2 * scale.value, _LARGEST_SCALE), scale.value), scale.value / 2
     )
     return LossScale(
-        value=jnp.maximum(value, 1.0),
+        value=jnp.maximum(value, _SMALLEST_SCALE),
         good_updates=jnp.where(good & ~grown, scale.good_updates + 1, 0).astype(jnp.int32),
     )
 

@@ -1,4 +1,4 @@
-"""Attention in blocks of queries with a backward pass of its own: scores are never kept and never whole in memory.
+"""Attention in blocks of queries with a backward pass of its own: no array of all scores is made, and none is kept.
 
 The forward pass keeps the output and one number for each query, the logarithm of its softmax's denominator; the
 backward pass computes the scores of a block again from them. A causal block leaves out the keys behind it, a window of

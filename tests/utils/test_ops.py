@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utils.ops import ACTIVATIONS, add_bias, attend, contract, feed_forward, rms_norm, rotate
+from utils.ops import ACTIVATIONS, LowRank, add_bias, attend, contract, dropout, feed_forward, rms_norm, rotate
 
 # Largest error, relative to the largest magnitude of the result.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
@@ -63,6 +63,144 @@ def test_contract_can_widen_its_result():
     want = np.einsum("BTD,DF->BTF", exact(x), exact(weight))
     assert_near(jit_contract("BTD,DF->BTF", x, weight, dtype=jnp.float32), want, "float32")
     assert_near(jit_contract("BTD,DF->BTF", x[:1, :1], weight, dtype=jnp.float32), want[:1, :1], "float32")
+
+
+# Every product of the network with a weight.
+SPECS = (
+    *("BTD,DNH->BTNH", "BTD,DKH->BTKH", "BTNH,NHD->BTD", "BTD,DF->BTF", "BTF,FD->BTD", "BTD,DV->BTV", "BTD,VD->BTV"),
+    *("BTD,DR->BTR", "BTNH,NHR->BTR", "BTR,RNH->BTNH"),
+)
+# The gradient of a weight goes two ways, by which of input and output is the larger.
+SIZES = {
+    "wide-input": dict(B=2, T=3, D=9, F=5, N=2, K=2, H=4, V=7, R=3),
+    "wide-output": dict(B=2, T=3, D=5, F=9, N=3, K=3, H=4, V=11, R=13),
+    "single-row": dict(B=1, T=1, D=8, F=5, N=2, K=1, H=4, V=7, R=3),
+}
+
+
+def operands(spec: str, size: dict[str, int], dtype: str = "float32") -> list[jax.Array]:
+    """Input, weight, and a cotangent of the result."""
+    inputs, result = spec.split("->")
+    parts = (*inputs.split(","), result)
+    return [normal(i, *(size[letter] for letter in part), dtype=dtype) for i, part in enumerate(parts)]
+
+
+def contract_gradients(spec, x, weight, dout, **options):
+    return jax.jit(lambda *xw: jax.vjp(lambda x, w: contract(spec, x, w, **options), *xw)[1](dout))(x, weight)
+
+
+def exact_gradients(spec, x, weight, dout):
+    inputs, result = spec.split("->")
+    x_letters, weight_letters = inputs.split(",")
+    x, weight, dout = exact(x), exact(weight), exact(dout)
+    return (
+        np.einsum(f"{result},{weight_letters}->{x_letters}", dout, weight),
+        np.einsum(f"{result},{x_letters}->{weight_letters}", dout, x),
+    )
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_contract_gradients(spec, sizes):
+    arrays = operands(spec, SIZES[sizes])
+    for got, want in zip(contract_gradients(spec, *arrays), exact_gradients(spec, *arrays)):
+        assert_near(got, want, "float32")
+
+
+@pytest.mark.parametrize("sizes", ["wide-input", "wide-output"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_contract_gradients_turn_the_smaller_operand(spec, sizes):
+    """The weight's gradient is one product over B and T, then at most a transposition, kept apart by a barrier."""
+    x, weight, dout = operands(spec, SIZES[sizes])
+    program = str(jax.make_jaxpr(lambda *xw: jax.vjp(partial(contract, spec), *xw)[1](dout)[1])(x, weight))
+    weight_letters, result = spec.partition("->")[0].split(",")[1], spec.partition("->")[2]
+    inner = spec.partition(",")[0].replace("BT", "")
+    first = inner if x.size <= dout.size else result.replace("BT", "")
+    assert ("optimization_barrier" in program) == (not weight_letters.startswith(first))
+
+
+@pytest.mark.parametrize("spec", ["BTD,DF->BTF", "BTD,VD->BTV"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_contract_gradients_in_half_precision(spec, sizes):
+    x, weight, dout = operands(spec, SIZES[sizes], "bfloat16")
+    for wide in (None, jnp.float32):
+        cotangent = dout if wide is None else dout.astype(wide)
+        got = contract_gradients(spec, x, weight, cotangent, dtype=wide)
+        for one, want in zip(got, exact_gradients(spec, x, weight, dout)):
+            assert_near(one, want, "bfloat16")
+
+
+def low_rank(spec, size, **options) -> tuple[jax.Array, LowRank, jax.Array]:
+    x, base, dout = operands(spec, size)
+    inner = spec.partition(",")[0].replace("BT", "")
+    outer = spec.partition("->")[2].replace("BT", "")
+    a, b = (normal(8 + i, *(size[x] for x in part)) for i, part in enumerate((f"{inner}R", f"R{outer}")))
+    return x, LowRank(base=base, a=a, b=b, scale=0.7, **options), dout
+
+
+def as_one_weight(spec: str, weight: LowRank) -> jax.Array:
+    """The sum that the adapter stands for."""
+    x_letters, weight_letters = spec.partition("->")[0].split(",")
+    inner, outer = x_letters.replace("BT", ""), spec.partition("->")[2].replace("BT", "")
+    change = jnp.einsum(f"{inner}R,R{outer}->{weight_letters}", weight.a, weight.b, precision="highest")
+    return weight.base + weight.scale * change
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("spec", SPECS[:7])
+def test_low_rank_weight_is_the_sum_it_stands_for(spec, sizes):
+    x, weight, dout = low_rank(spec, SIZES[sizes], dropout=0.5)
+
+    def ours(x, weight):
+        return contract(spec, x, weight)
+
+    def plain(x, weight):
+        return jnp.einsum(spec, x, as_one_weight(spec, weight), precision="highest")
+
+    (got, got_grads), (want, want_grads) = (
+        jax.jit(lambda *args, f=f: (f(*args), jax.vjp(f, *args)[1](dout)))(x, weight) for f in (ours, plain)
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    for one, other in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+def test_low_rank_factors_may_be_wider_than_the_activations():
+    x, weight, _ = low_rank("BTD,DF->BTF", SIZES["wide-input"])
+    half = LowRank(base=weight.base.astype("bfloat16"), a=weight.a, b=weight.b, scale=weight.scale)
+    got = contract("BTD,DF->BTF", x.astype("bfloat16"), half)
+    assert_near(got, exact(jnp.einsum("BTD,DF->BTF", x, as_one_weight("BTD,DF->BTF", weight))), "bfloat16")
+    assert contract("BTD,DF->BTF", x.astype("bfloat16"), half, dtype=jnp.float32).dtype == jnp.float32
+
+
+def test_low_rank_dropout_is_of_the_adapter_alone():
+    spec, key = "BTD,DF->BTF", jax.random.key(3)
+    x, weight, _ = low_rank(spec, SIZES["wide-input"], dropout=0.5, key=key)
+    change = contract(spec, dropout(x, 0.5, key), as_one_weight(spec, weight) - weight.base)
+    got = jax.jit(partial(contract, spec))(x, weight)
+    assert_near(got, exact(contract(spec, x, weight.base) + change), "float32")
+    silent = LowRank(base=weight.base, a=weight.a, b=weight.b, scale=weight.scale, dropout=0.5)
+    assert np.abs(got - contract(spec, x, silent)).max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rate", [0.1, 0.75])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(rate, dtype):
+    x = normal(0, 200, 500, dtype=dtype)
+    got = jax.jit(dropout, static_argnums=1)(x, rate, jax.random.key(0))
+    kept = np.asarray(got) != 0
+    assert kept.mean() == pytest.approx(1 - rate, abs=0.01)
+    assert kept.mean(0).std() < 0.1 and kept.mean(1).std() < 0.1, "whole rows or columns are dropped together"
+    assert_near(got, np.where(kept, exact(x) / (1 - rate), 0), dtype)
+    grad = jax.grad(lambda x: dropout(x, rate, jax.random.key(0)).astype(jnp.float32).sum())(x)
+    drawn = np.asarray(x) != 0
+    np.testing.assert_array_equal((np.asarray(grad) != 0)[drawn], kept[drawn])
+
+
+def test_dropout_without_a_key_or_a_rate_is_nothing():
+    x = normal(0, 2, 3)
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.3])
