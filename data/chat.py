@@ -78,13 +78,15 @@ def encode_chat_with_mask(
     template a turn goes from behind the header to the end of the token that ends it: reasoning, also where the template
     itself opens or leaves it empty, content, tool calls. Of a format without such a token it goes as far as what the
     template writes behind every answer. A token across the edge of a turn belongs to it.
-    learn_from is the index in messages of the first one that counts. Raises ValueError as `encode_chat` does, and
-    where the turns of a template or the tokens of a text cannot be told apart for sure.
+    learn_from is the index in messages of the first one that counts. Raises ValueError as `encode_chat` does, where
+    the turns of a template or the tokens of a text cannot be told apart for sure, and for tools and calls that the
+    template leaves out.
     """
     if not 0 <= learn_from <= len(messages):
         raise ValueError(f"learn_from {learn_from} is no index in {len(messages)} messages")
     chat = _guarded(tokenizer, messages, template, tools, variables)
     rendered = chat.render()
+    _check_functions(chat, rendered.text)
     blocks = has_blocks(chat.template)
     if blocks:
         spans = block_spans(chat, rendered, learn_from)
@@ -137,6 +139,15 @@ def _guarded(
         guard=guard,
         special=special,
     )
+
+
+def _check_functions(chat: GuardedChat, text: str) -> None:
+    calls = [call for message in chat.messages for call in message.get("tool_calls") or ()]
+    for what, functions in (("tools", chat.tools or ()), ("tool calls", calls)):
+        for function in functions:
+            name = str((function.get("function") or function).get("name", ""))
+            if name not in text and name.isascii():  # others may be written in escapes
+                raise ValueError(f"the chat template leaves out {what}, here of {name!r}")
 
 
 def _opening(tokenizer: ChatTokenizer, ids: Sequence[int], template: str, add_bos: bool | None) -> list[int]:

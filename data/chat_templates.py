@@ -1,6 +1,6 @@
 """Chat formats without a checkpoint's own template, as Jinja; `{% generation %}` marks what the model writes.
 
-Each takes messages of plain text and refuses tools and tool calls, for which it has no place.
+Each takes messages of plain text and refuses tools, tool calls and reasoning, for which it has no place.
 Sources: the prompt formats in Meta's model cards for llama2 and llama3, OpenAI's ChatML for chatml.
 """
 
@@ -8,6 +8,9 @@ _TEXT_ONLY = """\
 {%- if tools %}
     {{- raise_exception('this chat template has no place for tools') }}
 {%- endif %}
+{%- for message in messages if message.reasoning_content %}
+    {{- raise_exception('this chat template has no place for reasoning; write it into the content') }}
+{%- endfor %}
 {%- for message in messages if message.content is not string or message.tool_calls %}
     {{- raise_exception('this chat template takes plain text only, got something else from ' + message.role) }}
 {%- endfor %}

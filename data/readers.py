@@ -7,7 +7,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from data.readers_tables import HubRows, ParquetRows, RowGroups
 from data.readers_text import UNITS, open_text
 from data.records import BadRow, Record, normalize
 
-__all__ = ["Concatenation", "Records", "Rows", "data_files", "open_rows", "read_record", "records"]
+__all__ = ["Concatenation", "Rows", "data_files", "open_rows", "read_record"]
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -86,43 +86,6 @@ def read_record(rows: Rows, index: int, *, format: str | None = None) -> Record:
         return normalize(row, format=format)
     except ValueError as error:
         raise BadRow(f"{rows.where(index)}: {error}") from error
-
-
-class Records:
-    """The records of rows, in order, each time it is iterated.
-
-    num_skipped and first_skipped, the message of the first, tell what the last iteration has skipped so far.
-    """
-
-    def __init__(self, rows: Rows, *, on_bad_row: str = "error", format: str | None = None) -> None:
-        if on_bad_row not in ("error", "skip"):
-            raise ValueError(f"unknown on_bad_row {on_bad_row!r}, expected 'error' or 'skip'")
-        self._rows = rows
-        self._skips = on_bad_row == "skip"
-        self._format = format
-        self.num_skipped = 0
-        self.first_skipped: str | None = None
-
-    def __iter__(self) -> Iterator[Record]:
-        self.num_skipped, self.first_skipped = 0, None
-        for index in range(len(self._rows)):
-            try:
-                record = read_record(self._rows, index, format=self._format)
-            except BadRow as error:
-                if not self._skips:
-                    raise
-                self.num_skipped += 1
-                self.first_skipped = self.first_skipped or str(error)
-                continue
-            yield record
-
-
-def records(rows: Rows, *, on_bad_row: str = "error", format: str | None = None) -> Records:
-    """Return the records of rows; a row that cannot be read or is no record raises BadRow, or is skipped and counted.
-
-    format is as in `normalize`, for rows that fit more than one.
-    """
-    return Records(rows, on_bad_row=on_bad_row, format=format)
 
 
 def data_files(spec: str | os.PathLike[str]) -> list[Path]:

@@ -63,7 +63,10 @@ class Bytes(Protocol):
 
 
 class PlainFile:
-    """A file that is opened for each read, so that thousands of them take no descriptors."""
+    """A file that is opened for each read, so that thousands of them take no descriptors.
+
+    Reading raises OSError where the file has changed: that is no bad row, to be skipped.
+    """
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -77,7 +80,7 @@ class PlainFile:
         descriptor = os.open(self._path, os.O_RDONLY)
         try:
             if _state(os.fstat(descriptor)) != self._state:
-                raise ValueError(f"{self.name} has changed since it was opened")
+                raise OSError(f"{self.name} has changed since it was opened")
             return _pread(descriptor, start, stop)
         finally:
             os.close(descriptor)

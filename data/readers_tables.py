@@ -39,7 +39,10 @@ class RowGroups:
 
 
 class ParquetRows(Rows):
-    """Rows of a Parquet file, of which whole row groups are read; best read in order, or nearly."""
+    """Rows of a Parquet file, of which whole row groups are read; best read in order, or nearly.
+
+    Keys with null inside a row are left out: a column of structs has the keys of all rows.
+    """
 
     def __init__(self, path: Path, groups: RowGroups) -> None:
         """Raises ValueError without pyarrow, and for a file that is no Parquet file."""
@@ -67,13 +70,18 @@ class ParquetRows(Rows):
         group = int(np.searchsorted(self._ends, index, side="right"))
         begin = int(self._ends[group - 1]) if group else 0
         try:
-            return self._groups.get(self._path, group).slice(index - begin, 1).to_pylist()[0]
+            return _without_nulls(self._groups.get(self._path, group).slice(index - begin, 1).to_pylist()[0])
         except (ValueError, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # the system's failure, not the row's
+                raise
             raise BadRow(f"{self.where(index)}: {_one_line(error)}") from error
 
 
 class HubRows(Rows):
-    """Rows of one split of a Hugging Face data set, which `datasets` maps into memory from its cache."""
+    """Rows of one split of a Hugging Face data set, which `datasets` maps into memory from its cache.
+
+    Keys with null are left out as in `ParquetRows`.
+    """
 
     def __init__(self, name: str, config: str | None, split: str | None) -> None:
         """Raises ValueError without `datasets`, for a data set that it cannot load, and for a split it has not."""
@@ -102,7 +110,13 @@ class HubRows(Rows):
         return f"{self._name}:{self._checked(index) + 1}"
 
     def _row(self, index: int) -> Mapping[str, Any]:
-        return self._data[index]
+        return _without_nulls(self._data[index])
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parquet(path: Path) -> ModuleType:

@@ -105,7 +105,7 @@ def open_bin(path: str | Path, *, vocab_size: int, dtype: str | None = None, eos
     without one the file is one stream. The file is read once from end to end.
     Raises ValueError for a size that is no number of ids, and for an id that is not below vocab_size.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if dtype not in (None, "uint16", "uint32"):
         raise ValueError(f"{path}: tokens of {dtype!r}, expected uint16 or uint32")
     dtype = np.dtype(token_dtype(vocab_size) if dtype is None else dtype).newbyteorder("<")
@@ -122,7 +122,7 @@ def open_bin(path: str | Path, *, vocab_size: int, dtype: str | None = None, eos
         mask=None,
         starts=starts,
         lengths=ends - starts,
-        fingerprint=digest([content, eos_id]),
+        fingerprint=digest([content, dtype.name, eos_id]),
         counts=counts,
     )
 
@@ -130,13 +130,13 @@ def open_bin(path: str | Path, *, vocab_size: int, dtype: str | None = None, eos
 def split(store: TokenStore, fraction: float, *, seed: int) -> tuple[TokenStore, TokenStore]:
     """Hold out a part of the documents: return the larger part and the one held out.
 
-    Drawn at random, and at least one. One stream that is learnt as a whole is cut instead: its tail is held out.
-    Raises ValueError where nothing would be left to train on.
+    Drawn at random, and at least one. Where that is more than the fraction and everything is learnt, the longest
+    document is cut instead, and its tail held out. Raises ValueError where nothing would be left to train on.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the fraction to hold out must be between 0 and 1, got {fraction}")
-    if len(store) == 1 and store.mask is None:
-        return _split_stream(store, fraction)
+    if fraction * len(store) < 1 and store.mask is None:
+        return _split_longest(store, fraction)
     held = max(1, round(fraction * len(store)))
     if held >= len(store):
         raise ValueError(f"{store.name}: holding out {fraction} of {len(store)} documents leaves none")
@@ -147,13 +147,15 @@ def split(store: TokenStore, fraction: float, *, seed: int) -> tuple[TokenStore,
     return kept, dataclasses.replace(out, fingerprint=digest([out.fingerprint, "held out"]))
 
 
-def _split_stream(store: TokenStore, fraction: float) -> tuple[TokenStore, TokenStore]:
-    start, length = int(store.starts[0]), int(store.lengths[0])
-    held = max(2, round(fraction * length))
-    if length - held < 2:
-        raise ValueError(f"{store.name}: holding out {fraction} of {length} tokens leaves none to learn")
-    cuts = ((start, length - held), (start + length - held, held))
-    return tuple(store.part(np.array([begin]), np.array([size]), ["part", begin, size]) for begin, size in cuts)
+def _split_longest(store: TokenStore, fraction: float) -> tuple[TokenStore, TokenStore]:
+    longest = int(store.lengths.argmax())
+    held = max(2, round(fraction * store.num_tokens))
+    lengths = store.lengths - held * (np.arange(len(store)) == longest)
+    if lengths[longest] < 2:
+        raise ValueError(f"{store.name}: holding out {fraction} of {store.num_tokens} tokens leaves none to learn")
+    begin = store.starts[[longest]] + lengths[longest]
+    kept = store.part(store.starts, lengths, ["without a tail", longest, held])
+    return kept, store.part(begin, np.array([held]), ["tail", longest, held])
 
 
 def token_dtype(vocab_size: int) -> str:

@@ -244,6 +244,9 @@ def test_built_in_templates_refuse_what_they_would_drop(name):
         render_chat(TALK, template=CHAT_TEMPLATES[name], tools=TOOLS)
     with pytest.raises(ValueError, match="plain text only, got something else from assistant"):
         render_chat(TOOL_TALK, template=CHAT_TEMPLATES[name])
+    thought = {"role": "assistant", "content": "Yes.", "thinking": "Is it?"}
+    with pytest.raises(ValueError, match="no place for reasoning"):
+        render_chat([*TALK, thought], template=CHAT_TEMPLATES[name])
 
 
 def test_llama2_wants_turns():

@@ -200,7 +200,11 @@ def without_blocks(template):
     return template.replace("<<", "").replace(">>", "")
 
 
-def conversation(rng, contents, *, tools=True):
+def without_generation(template):
+    return template.replace("{%- generation %}", "{%- if true %}").replace("{% endgeneration %}", "{% endif %}")
+
+
+def conversation(rng, contents, *, tools=True, thoughts=True):
     """A chat with a system message or without, and up to five questions with answers, thoughts and calls."""
     messages = [{"role": "system", "content": rng.choice(contents)}] if rng.random() < 0.4 else []
     for _ in range(rng.randint(1, 5)):
@@ -214,7 +218,7 @@ def conversation(rng, contents, *, tools=True):
             for _ in calls:
                 messages.append({"role": "tool", "content": rng.choice(contents), "tool_call_id": "abcdefg12"})
         messages.append({"role": "assistant", "content": rng.choice(contents)})
-        if rng.random() < 0.3:
+        if thoughts and rng.random() < 0.3:
             messages[-1]["reasoning_content"] = rng.choice(contents)
     return messages
 
@@ -570,6 +574,21 @@ def test_a_call_without_an_end_is_refused(tokenizers):
         encode_chat_with_mask(tokenizers["byte_level"], messages, template=template)
 
 
+@pytest.mark.parametrize("has_blocks", [False, True])
+def test_tools_and_calls_that_the_template_leaves_out_are_refused(tokenizers, has_blocks):
+    tokenizer, template = tokenizers["byte_level"], CHAT_TEMPLATES["chatml"]
+    template = template[template.index("{%- for message in messages %}") :]  # without what refuses them
+    if not has_blocks:
+        template = without_generation(template)
+    question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    with pytest.raises(ValueError, match=r"leaves out tools, here of 'look'"):
+        encode_chat_with_mask(tokenizer, [question, answer], template=template, tools=tools)
+    calling = [question, answer | {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}]
+    with pytest.raises(ValueError, match=r"leaves out tool calls, here of 'f'"):
+        encode_chat_with_mask(tokenizer, calling, template=template)
+
+
 def test_a_tokenizer_that_changes_the_text(tmp_path):
     """Where tokens do not spell the text, a turn that begins and ends between tokens is found, another refused."""
     from tokenizers import Regex, normalizers
@@ -640,10 +659,10 @@ def test_published_template(assets_dir):
 def test_built_in_templates(assets_dir, path, name):
     tokenizer, rng = load_tokenizer(assets_dir / path), random.Random(name)
     template = CHAT_TEMPLATES[name]
-    bare = template.replace("{%- generation %}", "{%- if true %}").replace("{% endgeneration %}", "{% endif %}")
+    bare = without_generation(template)
     assert bare != template
     for _ in range(25):
-        messages = conversation(rng, ["Hi", " Hi ", "same", "🎉é", "a <|eot_id|> </s>"], tools=False)
+        messages = conversation(rng, ["Hi", " Hi ", "same", "🎉é", "a <|eot_id|> </s>"], tools=False, thoughts=False)
         chat = encode_chat_with_mask(tokenizer, messages, template=template)
         assert chat == encode_chat_with_mask(tokenizer, messages, template=bare)
         texts = learnt(tokenizer, chat)
@@ -654,6 +673,6 @@ def test_built_in_templates(assets_dir, path, name):
     if path.startswith("stories260k/hf/tokenizer.json"):
         transformers = pytest.importorskip("transformers", reason="compares with transformers")
         reference = transformers.PreTrainedTokenizerFast.from_pretrained(assets_dir / "stories260k/hf")
-        messages = conversation(rng, HARMLESS, tools=False)
+        messages = conversation(rng, HARMLESS, tools=False, thoughts=False)
         ids, mask = reference_mask(reference, template, messages)
         assert encode_chat_with_mask(tokenizer, messages, template=template, add_bos=False) == EncodedChat(ids, mask)

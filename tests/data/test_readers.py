@@ -14,7 +14,7 @@ import pytest
 
 import data.readers_json
 import data.readers_text
-from data.readers import open_rows, read_record, records
+from data.readers import open_rows, read_record
 from data.readers_base import Scratch
 from data.records import BadRow, ChatRecord, PreferenceRecord, TextRecord
 
@@ -45,6 +45,10 @@ def refused(error, path, *, match, **options):
         open_rows(path, **options)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def records(rows, **options):
+    return [read_record(rows, index, **options) for index in range(len(rows))]
 
 
 def bad_row(rows, index, message):
@@ -214,7 +218,7 @@ def test_pieces_join_to_the_file(tmp_path, monkeypatch, suffix, piece, content):
     for begin in ("", "\ufeff"):
         path = write(tmp_path / f"a{suffix}", begin + content)
         rows = open_rows(path)
-        found = list(records(rows))
+        found = records(rows)
         assert "".join(record.text for record in found) == content
         assert [record.first for record in found] == [True] + [False] * (len(found) - 1)
         assert [record.last for record in found] == [False] * (len(found) - 1) + [True]
@@ -247,10 +251,10 @@ def test_a_text_that_is_not_utf8_is_one_bad_row(tmp_path, monkeypatch):
     write(tmp_path / "set" / "a.txt", "first\n")
     path = write(tmp_path / "set" / "b.txt", b"good\ngood\ngood\nbad \xe9t\xe9\ngood\n")
     write(tmp_path / "set" / "c.txt", "third\n")
-    found = records(open_rows(tmp_path / "set"), on_bad_row="skip")
-    assert list(found) == [TextRecord(text="first\n"), TextRecord(text="third\n")]
-    assert found.num_skipped == 1
-    assert found.first_skipped.startswith(f"{path}:4: not UTF-8 at byte 0xe9")
+    rows = open_rows(tmp_path / "set")
+    assert [read_record(rows, index) for index in (0, 2)] == [TextRecord(text="first\n"), TextRecord(text="third\n")]
+    assert len(rows) == 3
+    bad_row(rows, 1, f"{path}:4: not UTF-8 at byte 0xe9")
     rows = open_rows(path, unit="line")
     assert rows[4] == {"text": "good"}
     bad_row(rows, 3, f"{path}:4: not UTF-8")
@@ -326,32 +330,25 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     rows = open_rows(path)
     assert rows[0] == ROWS[0]
     write(tmp_path / "a.jsonl", lines([{"text": "other"}]))
-    with pytest.raises(ValueError, match=r"a\.jsonl has changed since it was opened"):
+    with pytest.raises(OSError, match=r"a\.jsonl has changed since it was opened"):
         rows[0]
 
 
-def test_bad_rows_stop_or_are_counted(tmp_path):
+def test_rows_that_are_no_record_are_told_with_their_place(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"txt": "b"}\n{"text": "c"}\n{\n')
     rows = open_rows(path)
+    assert [read_record(rows, index) for index in (0, 2)] == [TextRecord(text="a"), TextRecord(text="c")]
     with pytest.raises(BadRow, match=rf"^{path}:2: the row fits no format .*; the row has the keys \['txt'\]$"):
-        list(records(rows))
-    found = records(rows, on_bad_row="skip")
-    for _ in range(2):
-        assert list(found) == [TextRecord(text="a"), TextRecord(text="c")]
-        assert found.num_skipped == 2
-        assert found.first_skipped.startswith(f"{path}:2: the row fits no format")
-    clean = records(open_rows(write(tmp_path / "b.jsonl", lines(ROWS))), on_bad_row="skip")
-    assert len(list(clean)) == len(ROWS)
-    assert (clean.num_skipped, clean.first_skipped) == (0, None)
-    with pytest.raises(ValueError, match="unknown on_bad_row 'ignore'"):
-        records(rows, on_bad_row="ignore")
+        read_record(rows, 1)
+    with pytest.raises(BadRow, match=rf"^{path}:4: invalid JSON"):
+        read_record(rows, 3)
 
 
 def test_the_format_of_rows_can_be_named(tmp_path):
     rows = open_rows(write(tmp_path / "a.jsonl", '{"text": "a", "instruction": "b", "output": "c"}'))
-    assert list(records(rows, format="text")) == [TextRecord(text="a")]
+    assert records(rows, format="text") == [TextRecord(text="a")]
     with pytest.raises(BadRow, match="fits the formats text, alpaca"):
-        next(iter(records(rows)))
+        records(rows)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.txt"])
@@ -399,6 +396,44 @@ def test_parquet_with_columns_of_other_rows(tmp_path):
     rows = [{"text": "a", "messages": None}, {"text": None, "messages": [{"role": "user", "content": "b"}]}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert [type(record) for record in records(open_rows(tmp_path / "a.parquet"))] == [TextRecord, ChatRecord]
+
+
+def test_a_parquet_file_that_is_gone_is_no_bad_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    rows = open_rows(tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(FileNotFoundError):
+        rows[0]
+
+
+# Two calls with arguments of their own: a column of them has both arguments in every row.
+CALLING_ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": name},
+            {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": {f"of_{name}": [None, 1]}}}]},
+        ],
+        "tools": [{"name": name, "parameters": {"properties": {f"of_{name}": {"type": "string"}}}}],
+    }
+    for name in ("f", "g")
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hub"])
+def test_keys_of_other_rows_do_not_become_nulls(tmp_path, monkeypatch, kind):
+    if kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = pytest.importorskip("pyarrow").Table.from_pylist(CALLING_ROWS)
+        parquet.write_table(table, tmp_path / "a.parquet")
+        rows = open_rows(tmp_path / "a.parquet")
+    else:
+        datasets = pytest.importorskip("datasets")
+        made = {"train": datasets.Dataset.from_list(CALLING_ROWS)}
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: made)
+        rows = open_rows("hf:calls")
+    assert list(rows) == CALLING_ROWS
 
 
 def test_parquet_files_that_are_none(tmp_path):
@@ -511,7 +546,7 @@ def test_real_json(assets_dir, tmp_path, name, count, kind):
 def test_real_text(assets_dir, name):
     path = assets_dir / "data" / name
     text = path.read_bytes().decode("utf-8")
-    pieces = list(records(open_rows(path)))
+    pieces = records(open_rows(path))
     assert len(pieces) == 2
     assert "".join(piece.text for piece in pieces) == text
     assert all(piece.text.endswith("\n") for piece in pieces[:-1])

@@ -325,6 +325,14 @@ def test_bin_documents_end_with_eos(tmp_path, monkeypatch):
         assert [found for found, _ in documents(open_bin(path, vocab_size=10, eos_id=9))] == expected
 
 
+def test_bytes_read_as_other_tokens_are_other_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "train.bin").write_bytes(np.array([1, 0, 2, 0], "<u2").tobytes())
+    narrow, wide = (open_bin("~/train.bin", vocab_size=10, dtype=dtype) for dtype in ("uint16", "uint32"))
+    assert (narrow.num_tokens, wide.num_tokens) == (4, 2)
+    assert narrow.fingerprint != wide.fingerprint
+
+
 def test_bin_files_that_are_none(tmp_path, monkeypatch):
     monkeypatch.setattr("data.store._CHUNK", 4)
     path = tmp_path / "train.bin"
@@ -351,7 +359,9 @@ def test_split_holds_out_documents(tmp_path):
     assert documents(split(store, 0.1, seed=3)[1]) == documents(held)
     assert documents(split(store, 0.1, seed=4)[1]) != documents(held)
     assert len({part.fingerprint for part in (store, kept, held, *split(store, 0.1, seed=4))}) == 5
-    assert [len(part) for part in split(store, 0.0001, seed=0)] == [99, 1]
+    assert [len(part) for part in split(store, 0.01, seed=0)] == [99, 1]
+    masked = make(tmp_path / "m", [example([1, 2, 3], mask=[0, 1, 0]) for _ in range(100)])
+    assert [len(part) for part in split(masked, 0.0001, seed=0)] == [99, 1]
 
 
 def test_split_of_one_stream_holds_out_its_tail(tmp_path):
@@ -362,6 +372,13 @@ def test_split_of_one_stream_holds_out_its_tail(tmp_path):
         list(range(90, 100)),
     ]
     assert kept.num_tokens == 90 and len({kept.fingerprint, held.fingerprint, store.fingerprint}) == 3
+
+
+def test_split_of_few_long_texts_holds_out_no_more_than_was_asked(tmp_path):
+    store = make(tmp_path / "s", [example(np.arange(40)), example(np.arange(100)), example(np.arange(60))])
+    kept, held = split(store, 0.1, seed=3)
+    assert [tokens for tokens, _ in documents(kept)] == [list(range(40)), list(range(80)), list(range(60))]
+    assert [tokens for tokens, _ in documents(held)] == [list(range(80, 100))]
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.5, 1.5])
