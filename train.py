@@ -14,11 +14,13 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from utils.cli import UsageError, one_line_errors
 
@@ -26,7 +28,7 @@ COMMANDS = ("pretrain", "sft", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line. Exit codes: 2 for a mistake in it, 1 for a run that failed on its way, 130 or 143 if told."""
+    """Run the command line. Exit codes: 2 for a mistake, 1 for a run that failed on its way, 130 or 143 if told."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with one_line_errors("train.py"):
         if not argv or argv[0] in ("--help", "-h", "help"):
@@ -35,16 +37,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         command, *rest = argv
         if command not in COMMANDS:
             raise UsageError(f"{command!r} is none of the commands {', '.join(COMMANDS)}; see --help")
-        if command == "export":
+        if "--help" in rest or "-h" in rest:
+            _print_help(command)
+        elif command == "export":
             _export(rest)
-        elif "--help" in rest or "-h" in rest:
-            _print_settings()
         else:
             _train(command, rest)
 
 
 def _train(command: str, argv: list[str]) -> None:
     from inference.setup import keep_compiled_programs
+    from trainers.observers import RunError
     from trainers.run import prepare, train
     from trainers.settings import RunConfig
     from utils.settings import load_settings
@@ -52,25 +55,25 @@ def _train(command: str, argv: list[str]) -> None:
     path, argv = _take(argv, "--config")
     resume = "--resume" in argv
     config = load_settings(RunConfig, path, [arg for arg in argv if arg != "--resume"])
-    _check_folder(config.output_dir, resume)
     keep_compiled_programs()
-    run = prepare(command, _trainers()[command], config, cache_dir=_cache_dir())
+    run = prepare(command, _trainers()[command], config, resume=resume, cache_dir=_cache_dir())
     for line in run.describe():
         _say(line)
-    signals = _Signals()
-    try:
-        state = train(run, resume=resume, interrupted=signals.caught, say=_say)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(_fail(error)) from None
+    with _Signals() as signals:
+        try:
+            state = train(run, resume=resume, interrupted=signals.caught, say=_say)
+        except RunError as error:
+            raise SystemExit(_fail(error)) from None
     step = int(state.step)
     if signals.caught() and step < run.num_steps:
         _say(f"interrupted and saved at step {step}: go on with --resume")
         raise SystemExit(128 + signals.number)
-    _write(state.model, run.config.output_dir, run.tokenizer_path, run.config.model.checkpoint)
+    if run.exportable:
+        _write(state.model, config.output_dir, run.tokenizer_path, config.model.checkpoint)
 
 
 def _export(argv: list[str]) -> None:
-    from trainers.run import restore_model
+    from trainers.export import restore_model
 
     folder, argv = _take(argv, "--run")
     step, argv = _take(argv, "--step")
@@ -93,7 +96,7 @@ def _trainers() -> dict[str, Callable]:
 
 
 def _write(model, folder: str, tokenizer_path: Path, base: str | None) -> None:
-    from trainers.run import export
+    from trainers.export import export
 
     try:
         for path in export(model, folder, tokenizer_path=tokenizer_path, base=base):
@@ -102,12 +105,13 @@ def _write(model, folder: str, tokenizer_path: Path, base: str | None) -> None:
         raise SystemExit(_fail(error)) from None
 
 
-def _print_settings() -> None:
-    from trainers.settings import RunConfig
-    from utils.settings import describe
+def _print_help(command: str) -> None:
+    print(__doc__.strip())
+    if command != "export":
+        from trainers.settings import RunConfig
+        from utils.settings import describe
 
-    print(__doc__.strip() + "\n\nSettings:\n")
-    print(describe(RunConfig))
+        print("\nSettings:\n\n" + describe(RunConfig))
 
 
 def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -126,32 +130,34 @@ def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
     return value, rest
 
 
-def _check_folder(folder: str, resume: bool) -> None:
-    """Raise ValueError where a run would be mixed with another one that is in its folder."""
-    if not resume and (Path(folder) / "metrics.jsonl").exists():
-        raise ValueError(f"{folder} holds a run: go on with it by --resume, or give another output_dir")
-
-
 def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ropewalk" / "tokens"
 
 
-class _Signals:
-    """Remembers the first SIGINT or SIGTERM; a second one ends the program at once."""
+class _Signals(contextlib.AbstractContextManager):
+    """Remembers the first SIGINT or SIGTERM inside of it; a second one ends the program at once."""
 
     def __init__(self):
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._catch)
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def caught(self) -> bool:
         return self.number != 0
 
     def _catch(self, number: int, frame) -> None:
         self.number = number
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in self._before:
             signal.signal(each, signal.SIG_DFL)
-        _say("finishing the step and saving; once more to end at once")
+        with contextlib.suppress(OSError):  # not by print, which the signal may have interrupted
+            os.write(2, b"finishing the step and saving; once more to end at once\n")
 
 
 def _say(line: str) -> None:

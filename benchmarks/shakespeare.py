@@ -83,7 +83,7 @@ def _read_settings(text: str, steps: int) -> dict[str, Any]:
         "eval_every": trainer.eval_every,
         "seed": trainer.seed,
         "warmup": min(warmup, steps // 2),
-        "final_fraction": optimizer.final_fraction,
+        "final_fraction": 0.1 if optimizer.final_fraction is None else optimizer.final_fraction,
         "weight_decay": optimizer.weight_decay,
         "b1": 0.9 if optimizer.b1 is None else optimizer.b1,
         "b2": 0.95 if optimizer.b2 is None else optimizer.b2,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from data.chat_spans import SpanTokenizer
 from data.examples import Example, tokenize
 from data.packing import PACKINGS, PackedRows
 from data.readers import data_files, open_rows, read_record
+from data.records import BadRow, TextRecord
 from data.store import TokenStore, open_bin, split
 from data.store_build import open_or_build, store_key
 
@@ -66,6 +69,9 @@ class DataConfig:
             raise ValueError(f"packing {self.packing!r} is none of {', '.join(PACKINGS)}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction {self.validation_fraction} must be at least 0 and below 1")
+        for source in self.validation_sources:
+            if source.weight is not None:
+                raise ValueError(f"the weight {source.weight} of {source.path} is for training, not for validation")
         if self.validation and self.validation_fraction:
             raise ValueError(f"validation {self.validation!r} and validation_fraction exclude each other")
 
@@ -86,9 +92,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Datasets:
-    """Packed rows to train and to validate on; `report` has a line on each data set."""
+    """Packed rows to train and to validate on; `report` has a line on each data set.
+
+    `weights` are the shares of the rows to train on, None where they are all taken once an epoch.
+    """
 
     train: tuple[PackedRows, ...]
+    weights: tuple[float, ...] | None
     validation: tuple[PackedRows, ...]
     report: tuple[str, ...]
 
@@ -107,28 +117,46 @@ def open_datasets(
     `tokenizer_name` changes whenever the tokenizer does. Raises FileNotFoundError and ValueError, in one line that
     names the data set, for what is missing, empty or bad.
     """
-    train, validation, report = [], [], []
-    for source in config.train_sources:
-        store = _open(source, config, tokenizer, tokenizer_name, template, Path(cache_dir))
-        report.append(_line(store))
-        if config.validation_fraction:
-            store, held = split(store, config.validation_fraction, seed=seed)
-            validation.append(_pack(held, config))
-        train.append(_pack(store, config))
+    train, weights, validation, report = [], [], [], []
+
+    def opened(source: SourceConfig) -> list[TokenStore]:
+        return _open(source, config, tokenizer, tokenizer_name, template, Path(cache_dir))
+
+    for source, weight in zip(config.train_sources, config.weights or itertools.repeat(1.0)):
+        stores = opened(source)
+        tokens = sum(store.num_tokens for store in stores)
+        for store in stores:
+            weights.append(weight * store.num_tokens / tokens)
+            report.append(_line(store))
+            if config.validation_fraction:
+                store, held = split(store, config.validation_fraction, seed=seed)
+                validation.append(_pack(held, config))
+                report[-1] += f"; {held.num_tokens:,} tokens held out"
+            train.append(_pack(store, config))
     for source in config.validation_sources:
-        store = _open(source, config, tokenizer, tokenizer_name, template, Path(cache_dir))
-        report.append(_line(store))
-        validation.append(_pack(store, config))
-    return Datasets(train=tuple(train), validation=tuple(validation), report=tuple(report))
+        for store in opened(source):
+            report.append(_line(store))
+            validation.append(_pack(store, config))
+    return Datasets(
+        train=tuple(train),
+        weights=None if config.weights is None else tuple(weights),
+        validation=tuple(validation),
+        report=tuple(report),
+    )
 
 
-def texts(sources: Sequence[SourceConfig]) -> Iterator[str]:
+def texts(sources: Sequence[SourceConfig], *, skip_bad: bool = False) -> Iterator[str]:
     """All texts of text data sets, piece by piece. Raises ValueError for a row that is no plain text."""
     for source in sources:
         rows = open_rows(source.path, split=source.split, unit=source.unit)
         for index in range(len(rows)):
-            record = read_record(rows, index, format=source.format)
-            if not hasattr(record, "text"):
+            try:
+                record = read_record(rows, index, format=source.format)
+            except BadRow:
+                if not skip_bad:
+                    raise
+                continue
+            if not isinstance(record, TextRecord):
                 raise ValueError(f"{rows.where(index)}: a character tokenizer is made of plain text alone")
             yield record.text
 
@@ -145,29 +173,38 @@ def _open(
     tokenizer_name: str,
     template: str | None,
     cache_dir: Path,
-) -> TokenStore:
+) -> list[TokenStore]:
+    """The tokens of a source; of a pattern of .bin files those of each file."""
     if source.path.endswith(".bin"):
-        return open_bin(source.path, vocab_size=tokenizer.vocab_size, dtype=source.token_dtype, eos_id=tokenizer.eos_id)
+        for name, usual in (("split", None), ("unit", "file"), ("format", None)):
+            if (value := getattr(source, name)) != usual:
+                raise ValueError(f"{name} {value!r} means nothing to {source.path}, a file of tokens")
+        vocab_size, eos_id = tokenizer.vocab_size, tokenizer.eos_id
+        paths = data_files(source.path)
+        return [open_bin(path, vocab_size=vocab_size, dtype=source.token_dtype, eos_id=eos_id) for path in paths]
     if source.token_dtype is not None:
         raise ValueError(f"token_dtype {source.token_dtype!r} is for .bin files, and {source.path} is none")
     max_length = None if config.packing == "concat" else config.sequence_length + 1
-    rows = open_rows(source.path, split=source.split, unit=source.unit)
+    files = data_files(source.path)
+    rows = functools.cache(lambda: open_rows(source.path, split=source.split, unit=source.unit))
 
     def tokenized(index: int) -> Example:
-        return tokenize(read_record(rows, index, format=source.format), tokenizer, template=template)
+        return tokenize(read_record(rows(), index, format=source.format), tokenizer, template=template)
 
     settings = asdict(source) | {"weight": None, "tokenizer": tokenizer_name, "template": template}
-    settings |= {"max_length": max_length, "on_bad_row": config.on_bad_row, "rows": len(rows)}
-    return open_or_build(
+    settings |= {"max_length": max_length, "on_bad_row": config.on_bad_row}
+    settings |= {} if files else {"data_set": rows().fingerprint}
+    store = open_or_build(
         cache_dir,
-        store_key(data_files(source.path), **settings),
-        lambda: _Numbers(rows),
+        store_key(files, **settings),
+        lambda: _Numbers(rows()),
         tokenize=tokenized,
         vocab_size=tokenizer.vocab_size,
         name=source.path,
         max_length=max_length,
         skip_bad=config.on_bad_row == "skip",
     )
+    return [store]
 
 
 class _Numbers:

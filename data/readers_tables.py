@@ -103,6 +103,11 @@ class HubRows(Rows):
     def __len__(self) -> int:
         return len(self._data)
 
+    @property
+    def fingerprint(self) -> str:
+        """What `datasets` calls the content and all that was done to it."""
+        return self._data._fingerprint
+
     def __repr__(self) -> str:
         return f"HubRows({self._name!r}, {len(self)} rows)"
 

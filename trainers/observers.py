@@ -44,7 +44,8 @@ def counted(
 class Recorder:
     """Writes metrics every so many steps, shows progress after each.
 
-    A record has the metrics of its own step, and rates over all steps since the one before.
+    A record has the metrics of its own step, and rates over all steps since the one before; that of the first step,
+    which compiles, has no rates. `began` tells whether a step has been done.
     """
 
     def __init__(
@@ -52,21 +53,24 @@ class Recorder:
     ):
         self._writer, self._progress, self._throughput = writer, progress, throughput
         self._every_steps, self._num_steps = every_steps, num_steps
-        self._first = True
+        self.began = False
 
     def __call__(self, step: int, state: TrainState, metrics: Mapping[str, Array]) -> None:
-        if step % self._every_steps == 0 or step == self._num_steps or self._first:
+        if step % self._every_steps == 0 or step in (1, self._num_steps):
             self.record(step, metrics)
+        elif not self.began:
+            metrics["loss"].block_until_ready()
+            self._throughput.restart()
+        self.began = True
         self._progress.advance(step)
 
     def record(self, step: int, metrics: Mapping[str, Array]) -> None:
-        """Write the metrics of a step; the first record has no rates, since that step compiled."""
+        """Write the metrics of a step."""
         values = {name: float(value) for name, value in metrics.items()}
         if "nll" in values:
             values["perplexity"] = perplexity(values["nll"])
         rates = self._throughput.report()
-        values |= {} if self._first else rates
-        self._first = False
+        values |= rates if self.began else {}
         if (memory := peak_memory_bytes()) is not None:
             values["peak_memory_bytes"] = memory
         self.write(step, values)
@@ -101,13 +105,17 @@ class Evaluator:
         self._every_steps, self._num_steps, self._patience = every_steps, num_steps, patience
         self._best, self._waited = math.inf, 0
         self.latest: dict[str, float] = {}
-        self.stopped = False
 
     def __call__(self, step: int, state: TrainState, metrics: Mapping[str, Array]) -> bool:
         self.latest = {}
         if step % self._every_steps and step != self._num_steps:
             return False
         metrics["loss"].block_until_ready()
+        self.evaluate(step, state)
+        return self.stopped
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Evaluate now, write the metrics and count for the patience."""
         with self._throughput.paused():
             values = dict(self._evaluate(state))
         self.latest = {f"validation/{name}": value for name, value in values.items()}
@@ -116,8 +124,11 @@ class Evaluator:
         self._recorder.write(step, self.latest)
         better = values["loss"] < self._best
         self._best, self._waited = (values["loss"], 0) if better else (self._best, self._waited + 1)
-        self.stopped = self._patience is not None and self._waited >= self._patience
-        return self.stopped
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the patience is at its end."""
+        return self._patience is not None and self._waited >= self._patience
 
     def state(self) -> dict[str, Any]:
         return {"best": None if math.isinf(self._best) else self._best, "waited": self._waited}
@@ -148,6 +159,7 @@ class Saver:
         end = self._interrupted()
         stopped = self._evaluator is not None and self._evaluator.stopped
         if self._checkpointer.due(step, last=end or stopped or step == self._num_steps):
+            metrics["loss"].block_until_ready()  # what saving would wait for is training, and no pause
             with self._throughput.paused():
                 self.save(step, state)
         return end

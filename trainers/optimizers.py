@@ -63,6 +63,8 @@ class OptimizerConfig:
                 raise ValueError(f"{field} {value} means nothing to {self.name}")
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{field} {value} must be at least 0 and below 1")
+        if self.eps == 0:
+            raise ValueError(f"eps {self.eps} would divide by zero where a parameter has had no gradient yet")
 
 
 class Optimizer(NamedTuple):

@@ -10,6 +10,10 @@ from trainers.language_model import LanguageModelConfig
 from trainers.logs import WandbOptions
 from trainers.optimizers import OptimizerConfig
 
+# Metrics of a validation, by which of two values the better one is found.
+METRICS = {f"validation/{name}": "min" for name in ("loss", "nll", "perplexity", "entropy")}
+METRICS |= {"validation/accuracy": "max"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -26,7 +30,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.preset is None):
-            raise ValueError(f"give checkpoint or preset, one of the two, not {self.checkpoint!r} and {self.preset!r}")
+            raise ValueError(
+                f"give checkpoint or preset and null for the other, not {self.checkpoint!r} and {self.preset!r}"
+            )
         if self.changes and self.preset is None:
             raise ValueError(f"changes {', '.join(self.changes)} are for a preset; a checkpoint is as it is")
 
@@ -36,9 +42,10 @@ class TrainerConfig:
     """How long, how fast and how wide a run is.
 
     `steps` or `epochs` of `batch_size` rows, over all devices, each in `accumulation_steps` micro-batches.
-    `learning_rate` is the peak. Every `eval_every` steps and at the end, up to `eval_batches` of the validation data
-    are evaluated; training ends after `patience` evaluations without a lower loss, or `max_bad_steps` steps in a row
-    that are not finite. Other fields as in `trainers.trainer.Trainer`.
+    `learning_rate` is the peak. Every `eval_every` steps and at the end, and before the first with `eval_at_start`, up
+    to `eval_batches` micro-batches of the validation data are evaluated; training ends after `patience` evaluations
+    without a lower loss, or `max_bad_steps` steps in a row that are not finite. Other fields as in
+    `trainers.trainer.Trainer`.
     """
 
     batch_size: int
@@ -51,13 +58,14 @@ class TrainerConfig:
     seed: int = 0
     log_every: int = 10
     eval_every: int = 500
+    eval_at_start: bool = False
     eval_batches: int | None = None
     patience: int | None = None
     max_bad_steps: int = 10
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"give steps or epochs, one of the two, not {self.steps} and {self.epochs}")
+            raise ValueError(f"give steps or epochs and null for the other, not {self.steps} and {self.epochs}")
         for name in (
             *("batch_size", "learning_rate", "steps", "epochs", "accumulation_steps", "max_grad_norm", "log_every"),
             *("eval_every", "eval_batches", "patience", "max_bad_steps"),
@@ -133,9 +141,27 @@ class RunConfig:
             raise ValueError("a model with random weights needs a tokenizer: a folder, a file, or characters")
         if self.model.dtype != "float32" and self.lora is None:
             raise ValueError(f"model.dtype {self.model.dtype} loses small updates: train parameters in float32")
+        if self.optimizer.name == "muon" and self.lora is not None:
+            raise ValueError("optimizer.name muon is for the weights of the blocks, which lora leaves as they are")
+        self._check_validation()
+
+    def _check_validation(self) -> None:
+        """Raise ValueError where something that waits for a validation would never see one."""
+        trainer, checkpoint = self.trainer, self.checkpoint
         validated = bool(self.data.validation or self.data.validation_fraction)
-        if self.trainer.patience is not None and not validated:
-            raise ValueError(f"patience {self.trainer.patience} needs validation data")
-        metric = self.checkpoint.metric
-        if metric is not None and not (validated and metric.startswith("validation/")):
-            raise ValueError(f"checkpoint.metric {metric!r} must be of validation, such as validation/loss")
+        for name in ("patience", "eval_at_start"):
+            if getattr(trainer, name) and not validated:
+                raise ValueError(f"trainer.{name} {getattr(trainer, name)} needs data to validate on")
+        if checkpoint.metric is None:
+            return
+        if not validated or checkpoint.metric not in METRICS:
+            raise ValueError(f"checkpoint.metric {checkpoint.metric!r} is none of a validation's: {', '.join(METRICS)}")
+        if checkpoint.mode != (mode := METRICS[checkpoint.metric]):
+            raise ValueError(
+                f"checkpoint.mode {checkpoint.mode} would keep the worst by {checkpoint.metric}: it must be {mode}"
+            )
+        if checkpoint.every_steps % trainer.eval_every:
+            raise ValueError(
+                f"checkpoint.every_steps {checkpoint.every_steps} is not a multiple of trainer.eval_every "
+                f"{trainer.eval_every}: checkpoints would be kept by a metric that they do not have"
+            )

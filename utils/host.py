@@ -27,5 +27,5 @@ def restart_with_huge_pages() -> None:
     For entry scripts, before anything has happened: the process is replaced.
     """
     wanted = huge_pages_environment()
-    if sys.orig_argv and any(os.environ.get(name) != value for name, value in wanted.items()):
+    if sys.executable and sys.orig_argv and any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})

@@ -12,6 +12,8 @@ import pytest
 
 from benchmarks import train
 from benchmarks.train_sides import DOCUMENTS, Work, batch_rows
+from trainers.settings import RunConfig
+from utils.settings import load_settings
 
 
 def run(repo_root, *arguments: str) -> str:
@@ -55,6 +57,19 @@ def test_sides_that_do_not_do_the_same_are_not_timed(theirs):
     train._check_losses(figures, "float32")
     with pytest.raises(ValueError, match="losses of ropewalk and other differ"):
         train._check_losses(figures | {"other": {"losses": theirs}}, "float32")
+
+
+def test_the_torch_loop_has_the_learning_rate_of_the_recipe():
+    pytest.importorskip("torch")
+    from benchmarks import shakespeare, shakespeare_torch
+    from trainers.optimizers import make_schedule
+
+    told = shakespeare._read_settings("text.txt", 2000)
+    settings = shakespeare_torch.Settings(**told, save_to="", compiled=False)
+    config = load_settings(RunConfig, shakespeare.ROOT / shakespeare.CONFIG)
+    ours = make_schedule(config.optimizer, learning_rate=config.trainer.learning_rate, num_steps=2000)
+    for step in (0, 50, 99, 100, 1000, 1999):
+        assert shakespeare_torch.learning_rate(settings, step) == pytest.approx(float(ours(step)), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -97,6 +97,7 @@ def test_warmup_of_one_step_or_of_all():
         (dict(b1=1.0), "b1 1.0"),
         (dict(b2=-0.1), "b2 -0.1"),
         (dict(eps=-1e-8), "eps -1e-08"),
+        (dict(eps=0.0), "eps 0.0 would divide by zero"),
         (dict(momentum=0.9), "momentum 0.9 means nothing to adamw"),
         (dict(name="lion", eps=1e-8), "eps 1e-08 means nothing to lion"),
         (dict(name="adafactor", b1=0.9), "b1 0.9 means nothing to adafactor"),

@@ -1,0 +1,63 @@
+"""The recipes in configs/."""
+
+from pathlib import Path
+
+import pytest
+
+import train
+from models.llama import PRESETS
+from trainers.parts import CHARACTERS, hugging_face_config, network_config
+from trainers.settings import RunConfig
+from utils.settings import dump_yaml, load_settings
+
+ROOT = Path(train.__file__).parent
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+class OfSize:
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+
+def load(name: str, flags: tuple[str, ...] = ()) -> RunConfig:
+    return load_settings(RunConfig, ROOT / "configs" / f"{name}.yaml", flags)
+
+
+def test_all_recipes_are_there():
+    assert {"shakespeare", "sft_small", "sft_lora", "pretrain_125m", "llama3_8b"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_read_strictly_and_written_back(name: str, tmp_path: Path):
+    config = load(name)
+    (tmp_path / "again.yaml").write_text(dump_yaml(config))
+    assert load_settings(RunConfig, tmp_path / "again.yaml") == config
+    assert config.output_dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_names_a_network_that_can_be_written(name: str):
+    config = load(name)
+    if config.model.preset is None:
+        assert config.model.checkpoint
+        return
+    assert config.model.preset in PRESETS
+    llama = network_config(config.model, OfSize(65 if config.tokenizer == CHARACTERS else 50257))
+    assert hugging_face_config(llama) is not None
+    assert config.data.sequence_length <= llama.max_text_length
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_above_a_recipe_names_it(name: str):
+    head = (ROOT / "configs" / f"{name}.yaml").read_text().split("\noutput_dir")[0]
+    command = next(line for line in head.splitlines() if "train.py" in line)
+    assert f"--config configs/{name}.yaml" in command
+    flags = command.split(f"--config configs/{name}.yaml")[1].replace("'", "").split()
+    load(name, tuple(flags))
+
+
+def test_the_recipe_of_shakespeare_is_of_nanogpts_size():
+    config = load("shakespeare")
+    llama = network_config(config.model, OfSize(66))
+    assert (llama.num_layers, llama.num_heads, llama.hidden_size) == (4, 4, 128)
+    assert (config.trainer.steps, config.trainer.batch_size, config.data.sequence_length) == (2000, 12, 64)

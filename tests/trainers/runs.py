@@ -1,0 +1,127 @@
+"""Small runs for tests: settings, data of invented words, and what a run has left behind."""
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data.characters import write_character_tokenizer
+from trainers.pretrain_trainer import PretrainTrainer
+from trainers.run import prepare, train
+from trainers.settings import RunConfig
+from trainers.sft_trainer import SFTTrainer
+from trainers.trainer import TrainState
+from utils.settings import load_settings
+
+TRAINERS = {"pretrain": PretrainTrainer, "sft": SFTTrainer}
+CLOCK = ("tokens_per_second", "step_seconds", "data_wait", "peak_memory_bytes", "mfu")  # never the same twice
+_WORDS = ("cat", "dog", "hill", "sun", "red", "blue", "sat", "ran", "on", "over", "the", "a", "to", "see", "and")
+
+
+def words(count: int, seed: int = 0) -> str:
+    """Some text of few characters."""
+    return " ".join(random.Random(seed).choices(_WORDS, k=count))
+
+
+def pretraining(folder: Path, **changes: str) -> dict[str, str]:
+    """Flags of 14 steps over one text, more than an epoch: shuffled rows, dropout, accumulation, evaluation."""
+    (folder / "text.txt").write_text(words(350))
+    return _flags(folder, "text.txt", "concat", "characters") | changes
+
+
+def tuning(folder: Path, **changes: str) -> dict[str, str]:
+    """Flags of the like over prompts and completions."""
+    rows = [{"prompt": words(2, 2 * i) + " ", "completion": words(2, 2 * i + 1)} for i in range(70)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_character_tokenizer([" ".join(_WORDS)], folder / "characters")
+    return _flags(folder, "rows.jsonl", "best_fit", str(folder / "characters")) | changes
+
+
+def _flags(folder: Path, data: str, packing: str, tokenizer: str) -> dict[str, str]:
+    return {
+        "output_dir": str(folder / "run"),
+        "tokenizer": tokenizer,
+        "model.preset": "tiny",
+        "model.changes": "{num_layers: 2, hidden_size: 32, intermediate_size: 48, num_heads: 2, num_kv_heads: 1, "
+        "head_dim: 16, max_position_embeddings: 32}",
+        "data.train": str(folder / data),
+        "data.validation_fraction": "0.1",
+        "data.sequence_length": "32",
+        "data.packing": packing,
+        "data.cache_dir": str(folder / "tokens"),
+        "loss.dropout": "0.1",
+        "trainer.steps": "14",
+        "trainer.batch_size": "4",
+        "trainer.accumulation_steps": "2",
+        "trainer.learning_rate": "1e-3",
+        "trainer.log_every": "1",
+        "trainer.eval_every": "2",
+        "trainer.eval_batches": "2",
+        "trainer.patience": "50",
+        "checkpoint.every_steps": "4",
+        "checkpoint.keep_last": "1",
+        "checkpoint.keep_best": "1",
+        "checkpoint.metric": "validation/loss",
+        "log.progress": "silent",
+    }
+
+
+def argv(flags: Mapping[str, str]) -> list[str]:
+    """The flags as arguments of a command line."""
+    return [f"--{key}={value}" for key, value in flags.items()]
+
+
+class Told:
+    """An `interrupted` that says so once `step` steps are done; it is asked once after each."""
+
+    def __init__(self, step: int, first: int = 0):
+        self._left = step - first
+
+    def __call__(self) -> bool:
+        self._left -= 1
+        return self._left <= 0
+
+
+def go(
+    command: str,
+    flags: Mapping[str, str],
+    *,
+    resume: bool = False,
+    stop_at: int | None = None,
+    said: list | None = None,
+) -> TrainState:
+    """Run in this process, up to and with the step `stop_at` of those done here."""
+    config = load_settings(RunConfig, None, flags)
+    run = prepare(command, TRAINERS[command], config, resume=resume, cache_dir="not used")
+    interrupted = (lambda: False) if stop_at is None else Told(stop_at)
+    return train(run, resume=resume, interrupted=interrupted, say=(said if said is not None else []).append)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, read strictly."""
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"{text} is no JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """The records without what the clock and the memory say."""
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in metrics(folder)]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees are equal to the last bit."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x.dtype == y.dtype and np.array_equal(_bytes(x), _bytes(y)) for x, y in pairs)
+
+
+def _bytes(x: Any) -> np.ndarray:
+    x = jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return np.frombuffer(np.asarray(x).tobytes(), np.uint8)
