@@ -1,17 +1,17 @@
-# make test    the suite, in a virtual environment of its own
-# make slow    the tests that take minutes
-# make lint    style; make format mends it
+# make test         the suite, in a virtual environment of its own
+# make test-slow    the tests that take minutes
+# make lint         style; make format mends it
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test slow lint format clean
+.PHONY: test test-slow lint format clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-slow: $(STAMP)
+test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from data.chat_spans import SpanTokenizer
 from data.examples import Example, tokenize
 from data.packing import PACKINGS, PackedRows
@@ -109,18 +111,20 @@ def open_datasets(
     *,
     tokenizer_name: str,
     template: str | None,
+    learn_all: bool,
     seed: int,
     cache_dir: str | Path,
 ) -> Datasets:
     """Tokenise what is not in `cache_dir` yet, hold out what is to be held out, and pack.
 
-    `tokenizer_name` changes whenever the tokenizer does. Raises FileNotFoundError and ValueError, in one line that
-    names the data set, for what is missing, empty or bad.
+    With `learn_all` prompts and users' turns are learnt too, as running text is. `tokenizer_name` changes whenever the
+    tokenizer does. Raises FileNotFoundError and ValueError, in one line that names the data set, for what is missing,
+    empty or bad.
     """
     train, weights, validation, report = [], [], [], []
 
     def opened(source: SourceConfig) -> list[TokenStore]:
-        return _open(source, config, tokenizer, tokenizer_name, template, Path(cache_dir))
+        return _open(source, config, tokenizer, tokenizer_name, template, learn_all, Path(cache_dir))
 
     for source, weight in zip(config.train_sources, config.weights or itertools.repeat(1.0)):
         stores = opened(source)
@@ -172,6 +176,7 @@ def _open(
     tokenizer: SpanTokenizer,
     tokenizer_name: str,
     template: str | None,
+    learn_all: bool,
     cache_dir: Path,
 ) -> list[TokenStore]:
     """The tokens of a source; of a pattern of .bin files those of each file."""
@@ -189,10 +194,11 @@ def _open(
     rows = functools.cache(lambda: open_rows(source.path, split=source.split, unit=source.unit))
 
     def tokenized(index: int) -> Example:
-        return tokenize(read_record(rows(), index, format=source.format), tokenizer, template=template)
+        example = tokenize(read_record(rows(), index, format=source.format), tokenizer, template=template)
+        return example._replace(mask=np.ones_like(example.mask)) if learn_all else example
 
     settings = asdict(source) | {"weight": None, "tokenizer": tokenizer_name, "template": template}
-    settings |= {"max_length": max_length, "on_bad_row": config.on_bad_row}
+    settings |= {"max_length": max_length, "on_bad_row": config.on_bad_row, "learn_all": learn_all}
     settings |= {} if files else {"data_set": rows().fingerprint}
     store = open_or_build(
         cache_dir,

@@ -98,8 +98,8 @@ def _hub_name(spec: str) -> str | None:
     """Return the name of a Hugging Face data set, None for files."""
     if spec.startswith("hf:"):
         return spec.removeprefix("hf:")
-    looks_local = Path(spec).exists() or glob.has_magic(spec) or spec.endswith(SUFFIXES) or spec.startswith((".", "~"))
-    return spec if not looks_local and _HUB_NAME.fullmatch(spec) else None
+    like_a_path = spec.endswith((*SUFFIXES, ".bin")) or spec.startswith((".", "~")) or glob.has_magic(spec)
+    return None if like_a_path or Path(spec).exists() or not _HUB_NAME.fullmatch(spec) else spec
 
 
 def _open_hub(name: str, spec: str, split: str | None) -> Rows:

@@ -90,7 +90,7 @@ def test_a_mistake_is_one_line_and_code_2(program, args, line):
         ({"trainer.batch_size": "5"}, "batch_size 5 is not a multiple of accumulation_steps 2"),
         ({"trainer.epochs": "1"}, "give steps or epochs and null for the other, not 14 and 1.0"),
         ({"data.train": "no/such.txt"}, "no such file, folder or data set: no/such.txt"),
-        ({"data.train": "no/such.bin", "tokenizer": "TOKENIZER"}, "no/such.bin: No such file or directory"),
+        ({"data.train": "no/such.bin", "tokenizer": "TOKENIZER"}, "no such file, folder or data set: no/such.bin"),
         ({"data.train": "empty.txt"}, "empty.txt is empty"),
         ({"data.train": "blank.jsonl"}, "blank.jsonl has no rows"),
         ({"data.train": "bad.jsonl"}, "bad.jsonl:3: "),

@@ -1,14 +1,15 @@
 """The loss that pretraining and supervised fine-tuning share: the next token's cross-entropy over a packed batch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
+import optax
 
 from data.batch import Batch
 from models.llama import LLaMa
 from trainers.losses import cross_entropy
-from trainers.trainer import Loss
+from trainers.trainer import Loss, Trainer
 from utils.shapes import Array
 
 
@@ -61,3 +62,21 @@ def language_model_loss(model: LLaMa, batch: Batch, key: Array | None, config: L
     metrics = {"nll": (sums.nll, weight), "accuracy": (sums.correct, weight), "entropy": (sums.entropy, weight)}
     filled = (batch.segments_BT > 0).astype(jnp.float32)
     return Loss(sums.loss, weight, metrics | {"packing": (filled.sum(), jnp.float32(filled.size))})
+
+
+class LanguageModelTrainer(Trainer):
+    """Next-token prediction; options as in `Trainer` and `LanguageModelConfig`.
+
+    `learns_all` says what its data are to give weight to: every token, or completions and assistant turns alone.
+    """
+
+    learns_all: ClassVar[bool]
+
+    def __init__(
+        self, optimizer: optax.GradientTransformation, config: LanguageModelConfig | None = None, **options: Any
+    ):
+        super().__init__(optimizer, **options)
+        self.config = config or LanguageModelConfig()
+
+    def loss(self, model: LLaMa, batch: Batch, key: Array | None) -> Loss:
+        return language_model_loss(model, batch, key, self.config)

@@ -1,27 +1,9 @@
-"""Pretraining: every token of running text is learnt."""
+"""Pretraining: every token of a text is learnt."""
 
-from typing import Any
-
-import optax
-
-from data.batch import Batch
-from models.llama import LLaMa
-from trainers.language_model import LanguageModelConfig, language_model_loss
-from trainers.trainer import Loss, Trainer
-from utils.shapes import Array
+from trainers.language_model import LanguageModelTrainer
 
 
-class PretrainTrainer(Trainer):
-    """Next-token prediction; options as in `Trainer` and `LanguageModelConfig`."""
+class PretrainTrainer(LanguageModelTrainer):
+    """Learns all of every document, of chats and prompts too."""
 
-    def __init__(
-        self,
-        optimizer: optax.GradientTransformation,
-        config: LanguageModelConfig | None = None,
-        **options: Any,
-    ):
-        super().__init__(optimizer, **options)
-        self.config = config or LanguageModelConfig()
-
-    def loss(self, model: LLaMa, batch: Batch, key: Array | None) -> Loss:
-        return language_model_loss(model, batch, key, self.config)
+    learns_all = True

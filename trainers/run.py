@@ -22,6 +22,7 @@ from trainers import parts
 from trainers.checkpoints import Checkpointer, Restored
 from trainers.export import CHECKPOINTS, restorable
 from trainers.flops import peak_flops
+from trainers.language_model import LanguageModelTrainer
 from trainers.logs import METRICS_FILE, MetricWriter, open_writers
 from trainers.metrics import Throughput
 from trainers.observers import BadSteps, Evaluator, Recorder, RunError, Saver, counted
@@ -70,7 +71,7 @@ class Run:
 
 
 def prepare(
-    command: str, make: Callable[..., Trainer], config: RunConfig, *, resume: bool, cache_dir: str | Path
+    command: str, make: type[LanguageModelTrainer], config: RunConfig, *, resume: bool, cache_dir: str | Path
 ) -> Run:
     """Make what a run needs. `make` is the Trainer subclass; `command` is what it is called in the checkpoints.
 
@@ -89,6 +90,7 @@ def prepare(
         tokenizer,
         tokenizer_name=parts.fingerprint(tokenizer_path),
         template=choose_template(tokenizer, config.data.chat_template),
+        learn_all=make.learns_all,
         seed=config.trainer.seed,
         cache_dir=config.data.cache_dir or cache_dir,
     )

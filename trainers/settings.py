@@ -137,6 +137,8 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("output_dir is empty")
         if self.tokenizer is None and self.model.checkpoint is None:
             raise ValueError("a model with random weights needs a tokenizer: a folder, a file, or characters")
         if self.model.dtype != "float32" and self.lora is None:
@@ -153,6 +155,8 @@ class RunConfig:
             if getattr(trainer, name) and not validated:
                 raise ValueError(f"trainer.{name} {getattr(trainer, name)} needs data to validate on")
         if checkpoint.metric is None:
+            if checkpoint.mode != "min":
+                raise ValueError(f"checkpoint.mode {checkpoint.mode} needs a checkpoint.metric to go by")
             return
         if not validated or checkpoint.metric not in METRICS:
             raise ValueError(f"checkpoint.metric {checkpoint.metric!r} is none of a validation's: {', '.join(METRICS)}")

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utils.shapes import Array, Bool, DTypeLike, Float, Number
+from utils.shapes import Array, Bool, DTypeLike, Float, Int, Number
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -119,16 +119,39 @@ def _contract_backward(
 _contract.defvjp(_contract_forward, _contract_backward)
 
 
+@jax.custom_vjp
+def embed(tokens_BT: Int[Array, "B T"], table_VD: Float[Array, "V D"]) -> Float[Array, "B T D"]:
+    """The rows of the table for the tokens.
+
+    The table's gradient is summed in float32: in half precision that of a frequent token would stop growing.
+    """
+    return table_VD[tokens_BT]
+
+
+def _embed_forward(tokens_BT: Array, table_VD: Array) -> tuple[Array, tuple[Array, Array]]:
+    return table_VD[tokens_BT], (tokens_BT, table_VD)
+
+
+def _embed_backward(saved: tuple[Array, Array], dx_BTD: Array) -> tuple[None, Array]:
+    tokens_BT, table_VD = saved
+    dtable_VD = jnp.zeros(table_VD.shape, jnp.float32).at[tokens_BT].add(dx_BTD.astype(jnp.float32))
+    return None, dtable_VD.astype(table_VD.dtype)
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
 def rms_norm(x_BTD: Float[Array, "*BT D"], scale_D: Float[Array, "D"], *, eps: Number) -> Float[Array, "*BT D"]:
     """Divide by the root mean square over the last axis, then multiply by `scale_D`.
 
-    The statistics and the division are float32 whatever the dtype of x, in which the result comes back.
+    Float32 whatever the dtype of x, in which the normalised x and the result are rounded; so is the sum over places
+    that is the gradient of `scale_D`.
     The last axis may be any: query and key norms use H. Source: arXiv:1910.07467, eq. 4.
     """
     x32_BTD = x_BTD.astype(jnp.float32)
     mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
     unit_BTD = (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)).astype(x_BTD.dtype)
-    return (unit_BTD * scale_D).astype(x_BTD.dtype)
+    return (unit_BTD.astype(jnp.float32) * scale_D.astype(jnp.float32)).astype(x_BTD.dtype)
 
 
 def rotate(
@@ -202,5 +225,5 @@ def feed_forward(
 
 
 def add_bias(x: Array, bias: Array | None) -> Array:
-    """x + bias, or x where there is none."""
-    return x if bias is None else x + bias
+    """x + bias, or x where there is none; in float32, as the gradient of the bias is a sum over places."""
+    return x if bias is None else (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

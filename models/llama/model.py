@@ -18,7 +18,7 @@ from models.llama.config import LlamaConfig
 from utils import kvcache
 from utils.attention import Mask, attention
 from utils.kvcache import KVCache
-from utils.ops import LowRank, add_bias, contract, dropout, feed_forward, rms_norm, rotate
+from utils.ops import LowRank, add_bias, contract, dropout, embed, feed_forward, rms_norm, rotate
 from utils.rope import rope_angles
 from utils.shapes import Array, DTypeLike, Float, Int
 
@@ -289,7 +289,7 @@ class LLaMa(nnx.Module):
             ), None
 
         layers = (self.blocks, jnp.arange(c.num_layers), _mixed_windows(c))
-        x_BTD = _Noise(key, dropout_rate).drop(self.embed_VD[...][tokens_BT], "embedding")
+        x_BTD = _Noise(key, dropout_rate).drop(embed(tokens_BT, self.embed_VD[...]), "embedding")
         x_BTD, cache = REMAT[remat](layer, (x_BTD, cache), layers, c.num_layers)
         cache = None if cache is None else kvcache.advance(cache, count_B)
         return rms_norm(x_BTD, self.norm_D[...], eps=c.rms_norm_eps), cache

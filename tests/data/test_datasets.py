@@ -33,6 +33,7 @@ def opened(tmp_path: Path, tokenizer):
         options = {
             "tokenizer_name": "characters",
             "template": None,
+            "learn_all": False,
             "seed": 0,
             "cache_dir": tmp_path / "cache",
         } | options
@@ -249,3 +250,10 @@ def test_tokens_in_the_cache_are_opened_without_their_rows(tmp_path: Path, opene
     monkeypatch.undo()
     write_lines(tmp_path / "rows.jsonl", [{"text": "abc"}, {"text": "def"}])
     assert opened(settings).train[0].fingerprint != first.train[0].fingerprint
+
+
+def test_pretraining_learns_prompts_too(tmp_path: Path, opened):
+    write_lines(tmp_path / "rows.jsonl", [{"prompt": "ab", "completion": "cde"}])
+    settings = "train: HERE/rows.jsonl\nsequence_length: 4\npacking: none\n"
+    assert opened(settings).train[0][0]["weights"].tolist() == [0, 1, 1, 1]
+    assert opened(settings, learn_all=True).train[0][0]["weights"].tolist() == [1, 1, 1, 1]

@@ -57,7 +57,12 @@ def test_a_model_comes_from_one_place():
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
+        ({"output_dir": ""}, "output_dir is empty"),
         ({"tokenizer": "null"}, "needs a tokenizer"),
+        (
+            {"checkpoint.metric": "null", "checkpoint.keep_best": "0", "checkpoint.mode": "max"},
+            "needs a checkpoint.metric",
+        ),
         ({"model.dtype": "bfloat16"}, "model.dtype bfloat16 loses small updates"),
         ({"data.validation_fraction": "0"}, "trainer.patience 50 needs data to validate on"),
         ({"data.validation_fraction": "0", "trainer.patience": "null"}, "checkpoint.metric 'validation/loss' is none"),
