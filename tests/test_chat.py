@@ -309,19 +309,21 @@ class Terminal:
             env=os.environ | {"TERM": "dumb"},
             bufsize=0,
         )
+        self.unread = ""
 
     def type(self, text: str) -> None:
         self.process.stdin.write(text.encode())
 
     def until(self, wanted: str) -> str:
-        """Read until a text has appeared; returns all that is new, that text included."""
-        output, deadline = "", time.monotonic() + 120
+        """Read until a text has appeared; returns all that is new up to its end. What is behind it is for the next."""
+        output, deadline = self.unread, time.monotonic() + 120
         while wanted not in output:
             ready, _, _ = select.select([self.process.stdout], [], [], max(0, deadline - time.monotonic()))
             data = os.read(self.process.stdout.fileno(), 65536) if ready else b""
             assert data, f"no {wanted!r} in {output!r}"
             output += data.decode(errors="replace")
-        return output
+        output, found, self.unread = output.partition(wanted)
+        return output + found
 
 
 def test_a_talk_in_a_terminal(repo_root, tokenizer, tmp_path):
