@@ -89,7 +89,7 @@ def _cudnn_limits(q_BTNH: Array, k_BSKH: Array, mask: Mask) -> str | None:
         return f"cuDNN attention takes head sizes that are multiples of 8 up to 128, not {q_BTNH.shape[-1]}"
     if mask.query_segments_BT is not None:
         return "cuDNN attention has no segment ids: packed documents would read each other"
-    if mask.offset_B is not None:
+    if mask.offset_B is not None or mask.keys_before:
         return "cuDNN attention puts query 0 at key 0, so it cannot continue behind a filled cache"
     if not isinstance(mask.window, int | None):
         return "cuDNN attention needs a window known when compiling, the same for all layers"
@@ -138,9 +138,9 @@ def _attend_splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, scal
     B, T, N, H = q_BTNH.shape
     S = k_BSKH.shape[1]
     if mask.window is not None:
-        allowed = splash_mask.LocalMask((T, S), (mask.window - 1, 0), offset=0)
+        allowed = splash_mask.LocalMask((T, S), (mask.window - 1, 0), offset=mask.keys_before)
     elif mask.causal:
-        allowed = splash_mask.CausalMask((T, S))
+        allowed = splash_mask.CausalMask((T, S), offset=mask.keys_before)
     else:
         allowed = splash_mask.FullMask((T, S))
     block_q, block_kv = math.gcd(T, 512), math.gcd(S, 512)

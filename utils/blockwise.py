@@ -41,7 +41,7 @@ def attend_blockwise(
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads evenly")
     if mask.offset_B is not None:
-        raise ValueError("blockwise attention puts query 0 at key 0, so it cannot continue behind a filled cache")
+        raise ValueError("blockwise attention needs places known when compiling: it cannot go on behind a cache")
     scale = jnp.asarray(H**-0.5 if scale is None else scale, q_BTNH.dtype)
     q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
@@ -55,8 +55,9 @@ def _blocks(T: int, S: int, mask: Mask) -> tuple[Block, ...]:
     blocks = []
     for a in range(0, T, size):
         b = min(a + size, T)
-        first = max(0, min(a, S - 1) - mask.window + 1) if isinstance(mask.window, int) else 0
-        last = min(b, S) if mask.causal or mask.window is not None else S
+        before = mask.keys_before
+        first = max(0, min(a + before, S - 1) - mask.window + 1) if isinstance(mask.window, int) else 0
+        last = min(b + before, S) if mask.causal or mask.window is not None else S
         blocks.append(((a, b), (first, last)))
     return tuple(blocks)
 

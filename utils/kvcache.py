@@ -27,6 +27,20 @@ class KVCache:
         return self.k_LBKSH.shape[3]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Keys (rotated) and values of texts that several rows go on from, [L, B, S, K, H].
+
+    `real_BS` is True where a place holds a token: the last places of a row, so that what follows stands right behind.
+    Unlike a cache it is only read, and gradients flow through it.
+    """
+
+    k_LBSKH: Array
+    v_LBSKH: Array
+    real_BS: Array
+
+
 def create(
     num_layers: int, batch_size: int, num_kv_heads: int, capacity: int, head_dim: int, *, dtype: DTypeLike
 ) -> KVCache:

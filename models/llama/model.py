@@ -17,7 +17,7 @@ from flax import nnx
 from models.llama.config import LlamaConfig
 from utils import kvcache
 from utils.attention import Mask, attention
-from utils.kvcache import KVCache
+from utils.kvcache import KVCache, Prefix
 from utils.ops import LowRank, add_bias, contract, dropout, embed, feed_forward, rms_norm, rotate
 from utils.rope import rope_angles
 from utils.shapes import Array, DTypeLike, Float, Int
@@ -121,19 +121,23 @@ class TransformerBlock(nnx.Module):
         cache: KVCache | None = None,
         layer: Array | int = 0,
         from_empty: bool = False,
+        prefix: tuple[Array, Array] | None = None,
         implementation: str = "auto",
         noise: _Noise = _Noise(),
-    ) -> tuple[Array, KVCache | None]:
+    ) -> tuple[Array, KVCache | None, tuple[Array, Array]]:
         """x_BTD of one layer in, that of the next out; `layer` is the slice of the cache to use.
 
-        `angles` are the cosines and sines, each [B, T, P], of the positions. Called inside the scan, that is on arrays
-        without their layer axis.
+        `angles` are the cosines and sines, each [B, T, P], of the positions; `prefix` keys and values that stand in
+        front. Returns also the cache, and the keys and values of these tokens. Called inside the scan, that is on
+        arrays without their layer axis.
         """
         eps = self.config.rms_norm_eps
         q_BTNH, k_BTKH, v_BTKH = self.project(rms_norm(x_BTD, self.attn_norm_D[...], eps=eps), angles, noise)
         if cache is not None:
             cache = kvcache.write(cache, layer, k_BTKH, v_BTKH)
         k_BSKH, v_BSKH = (k_BTKH, v_BTKH) if cache is None or from_empty else kvcache.read(cache, layer)
+        if prefix is not None:
+            k_BSKH, v_BSKH = (_behind(*pair) for pair in zip(prefix, (k_BTKH, v_BTKH)))
         mixed_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, mask, implementation=implementation)
         out_BTD = contract("BTNH,NHD->BTD", mixed_BTNH, self.weight("o_NHD", noise))
         x_BTD = x_BTD + noise.drop(add_bias(out_BTD, _value(self.o_bias_D)), "attention")
@@ -146,7 +150,7 @@ class TransformerBlock(nnx.Module):
             gate_DF=self.weight("gate_DF", noise) if self.config.gated else None,
             biases=(_value(self.gate_bias_F), _value(self.up_bias_F), _value(self.down_bias_D)),
         )
-        return x_BTD + noise.drop(out_BTD, "feed-forward"), cache
+        return x_BTD + noise.drop(out_BTD, "feed-forward"), cache, (k_BTKH, v_BTKH)
 
     def weight(self, name: str, noise: _Noise = _Noise()) -> Array | LowRank:
         """The weight of that name, with its adapter if there is one."""
@@ -166,12 +170,12 @@ class TransformerBlock(nnx.Module):
         return rotate(q_BTNH, *angles), rotate(k_BTKH, *angles), v_BTKH
 
 
-Layers = tuple[TransformerBlock, Array, Array | None]  # blocks, their numbers, their windows
+Layers = tuple[TransformerBlock, Array, Array | None, Any]  # blocks, their numbers, their windows, their prefixes
 
 
 def _scan(layer: Callable, carry: tuple, layers: Layers, num_layers: int) -> tuple:
     """Store all that the backward pass will read."""
-    return jax.lax.scan(layer, carry, layers)[0]
+    return jax.lax.scan(layer, carry, layers)
 
 
 def _scan_dots(layer: Callable, carry: tuple, layers: Layers, num_layers: int) -> tuple:
@@ -180,12 +184,12 @@ def _scan_dots(layer: Callable, carry: tuple, layers: Layers, num_layers: int) -
     policy = policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
     )
-    return jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), carry, layers)[0]
+    return jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), carry, layers)
 
 
 def _scan_blocks(layer: Callable, carry: tuple, layers: Layers, num_layers: int) -> tuple:
     """Store the input of each block."""
-    return jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), carry, layers)[0]
+    return jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), carry, layers)
 
 
 def _scan_groups(layer: Callable, carry: tuple, layers: Layers, num_layers: int) -> tuple:
@@ -197,9 +201,10 @@ def _scan_groups(layer: Callable, carry: tuple, layers: Layers, num_layers: int)
     groups = jax.tree.map(lambda x: x.reshape(num_layers // size, size, *x.shape[1:]), layers)
 
     def group(carry, layers):
-        return _scan_blocks(layer, carry, layers, size), None
+        return _scan_blocks(layer, carry, layers, size)
 
-    return jax.lax.scan(jax.checkpoint(group, prevent_cse=False), carry, groups)[0]
+    carry, kept = jax.lax.scan(jax.checkpoint(group, prevent_cse=False), carry, groups)
+    return carry, jax.tree.map(lambda x: x.reshape(num_layers, *x.shape[2:]), kept)
 
 
 # What is stored for the backward pass, from most to least; the rest is computed again.
@@ -236,11 +241,13 @@ class LLaMa(nnx.Module):
         lengths_B: Int[Array, "B"] | None = None,
         cache: KVCache | None = None,
         from_empty: bool = False,
+        prefix: Prefix | None = None,
+        keep_prefix: bool = False,
         implementation: str = "auto",
         remat: str = "none",
         dropout_rate: float = 0.0,
         key: Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | Prefix | None]:
         """The normalised hidden states x_BTD that `unembed` turns into logits, and the cache with the new tokens in it.
 
         `tokens_BT` int32, each row filled from the left. `lengths_B` counts the real tokens of each row, by default T;
@@ -248,6 +255,10 @@ class LLaMa(nnx.Module):
         cache holds. Tokens attend only within their number in `segments_BT` (packed documents; not with a cache).
         `from_empty` is the caller's word that all rows of the cache are empty, so that attention need not look into it.
         `implementation` is that of attention, see `utils.attention`.
+
+        With `keep_prefix` the second result is a `Prefix` of these tokens instead; padding, segment 0, stands in front
+        of each row then. B rows go on from a `prefix` of fewer rows, B / C, side by side: C rows from its first, C from
+        its second, and so on. Gradients flow into it.
 
         For training: `remat` says what the backward pass finds stored, a key of `REMAT`. With a `key`, dropout is on,
         of a share `dropout_rate` of the embeddings and of what each layer adds to the residual stream, and that of the
@@ -258,11 +269,16 @@ class LLaMa(nnx.Module):
         B, T = tokens_BT.shape
         if cache is not None and segments_BT is not None:
             raise ValueError("segments_BT and a cache do not go together: give each document a row of its own")
+        if prefix is not None and (cache is not None or segments_BT is not None or B % prefix.real_BS.shape[0]):
+            raise ValueError(
+                f"{B} rows cannot go on from a prefix of {prefix.real_BS.shape[0]} evenly, without cache and segments"
+            )
         start_B = None if cache is None or from_empty else cache.length_B
         count_B = jnp.full(B, T, jnp.int32) if lengths_B is None else lengths_B
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
             positions_BT = positions_BT if start_B is None else positions_BT + start_B[:, None]
+            positions_BT = positions_BT if prefix is None else positions_BT + _lengths(prefix, B)[:, None]
         c = self.config
         angles = rope_angles(
             positions_BT,
@@ -271,28 +287,34 @@ class LLaMa(nnx.Module):
             scaling=c.rope_scaling,
             length_B=_text_length(positions_BT, lengths_B),
         )
-        mask = Mask(causal=True, offset_B=start_B, query_segments_BT=segments_BT, key_segments_BS=segments_BT)
+        mask = _mask(start_B, segments_BT, prefix, (B, T))
 
         def layer(carry, inputs):
             x_BTD, cache = carry
-            block, index, window = inputs
+            block, index, window, before = inputs
             noise = _Noise(None if key is None else jax.random.fold_in(key, index), dropout_rate)
-            return block(
+            x_BTD, cache, kept = block(
                 x_BTD,
                 angles,
                 mask.with_window(c.layer_windows[0] if window is None else window),
                 cache=cache,
                 layer=index,
                 from_empty=from_empty,
+                prefix=before,
                 implementation=implementation,
                 noise=noise,
-            ), None
+            )
+            return (x_BTD, cache), kept if keep_prefix else None
 
-        layers = (self.blocks, jnp.arange(c.num_layers), _mixed_windows(c))
+        before = None if prefix is None else (prefix.k_LBSKH, prefix.v_LBSKH)
+        layers = (self.blocks, jnp.arange(c.num_layers), _mixed_windows(c), before)
         x_BTD = _Noise(key, dropout_rate).drop(embed(tokens_BT, self.embed_VD[...]), "embedding")
-        x_BTD, cache = REMAT[remat](layer, (x_BTD, cache), layers, c.num_layers)
-        cache = None if cache is None else kvcache.advance(cache, count_B)
-        return rms_norm(x_BTD, self.norm_D[...], eps=c.rms_norm_eps), cache
+        (x_BTD, cache), kept = REMAT[remat](layer, (x_BTD, cache), layers, c.num_layers)
+        x_BTD = rms_norm(x_BTD, self.norm_D[...], eps=c.rms_norm_eps)
+        if keep_prefix:
+            real_BS = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
+            return x_BTD, Prefix(k_LBSKH=kept[0], v_LBSKH=kept[1], real_BS=real_BS)
+        return x_BTD, None if cache is None else kvcache.advance(cache, count_B)
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, float32 [B, T, V], of hidden states."""
@@ -307,6 +329,29 @@ class LLaMa(nnx.Module):
 
 def _value(parameter: nnx.Param | None) -> Array | None:
     return None if parameter is None else parameter[...]
+
+
+def _behind(prefix_BSKH: Array, x_BTKH: Array) -> Array:
+    """Keys or values with those of their prefix, which has fewer rows, in front."""
+    copies = x_BTKH.shape[0] // prefix_BSKH.shape[0]
+    return jnp.concatenate([jnp.repeat(prefix_BSKH, copies, axis=0).astype(x_BTKH.dtype), x_BTKH], axis=1)
+
+
+def _lengths(prefix: Prefix, B: int) -> Array:
+    """Tokens in front of each of B rows, int32."""
+    length_B = prefix.real_BS.sum(axis=-1, dtype=jnp.int32)
+    return jnp.repeat(length_B, B // length_B.shape[0])
+
+
+def _mask(start_B: Array | None, segments_BT: Array | None, prefix: Prefix | None, shape: tuple[int, int]) -> Mask:
+    """Causal, behind what a cache or a prefix holds, within segments."""
+    if prefix is None:
+        return Mask(causal=True, offset_B=start_B, query_segments_BT=segments_BT, key_segments_BS=segments_BT)
+    (B, T), (rows, S) = shape, prefix.real_BS.shape
+    own_BT = jnp.ones((B, T), jnp.int32)
+    prefix_BS = jnp.repeat(prefix.real_BS.astype(jnp.int32), B // rows, axis=0)
+    keys_BS = jnp.concatenate([prefix_BS, own_BT], axis=1)
+    return Mask(causal=True, keys_before=S, query_segments_BT=own_BT, key_segments_BS=keys_BS)
 
 
 def _mixed_windows(config: LlamaConfig) -> Array | None:
