@@ -45,7 +45,7 @@ class Loader:
         prefetch: int = 4,
     ):
         _check(sources, batch_size, weights, num_epochs, process_index, process_count)
-        self.batch_size = batch_size
+        self.batch_size, self.sources = batch_size, tuple(sources)
         rows = _sequence(sources, seed if shuffle else None, weights, num_epochs)
         self.num_rows = None if num_epochs is None else len(rows)
         self.num_batches = None if num_epochs is None else -(-len(rows) // batch_size)

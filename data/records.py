@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from data.records_messages import Message, parse_message, parse_messages, parse_tools
 
@@ -14,10 +14,15 @@ __all__ = [
     "ChatRecord",
     "CompletionRecord",
     "PreferenceRecord",
+    "PromptRecord",
     "Record",
     "TextRecord",
     "normalize",
+    "normalize_prompt",
 ]
+
+
+_T = TypeVar("_T")
 
 
 class BadRow(ValueError):  # noqa: N818
@@ -67,6 +72,15 @@ class PreferenceRecord:
     tools: tuple[Mapping[str, Any], ...] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptRecord:
+    """What a model is asked, text or messages, and the text of an answer where the row has one."""
+
+    prompt: tuple[Message, ...] | str
+    answer: str | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+
 Record = TextRecord | ChatRecord | CompletionRecord | PreferenceRecord
 
 
@@ -91,11 +105,36 @@ def normalize(row: Mapping[str, Any], *, format: str | None = None) -> Record:
     the middle of a word, and unpaired preferences (`label`) are refused rather than learnt. Raises ValueError, one
     line with the row's keys, for a row that fits no format or several, and for values of the wrong types.
     """
+    return _parsed(row, lambda given: _FORMATS[_choose(given, format)][1](given))
+
+
+def normalize_prompt(row: Mapping[str, Any], *, format: str | None = None) -> PromptRecord:
+    """Return the prompt that a row stands for, with or without an answer to it.
+
+    A `prompt`, text or messages, is taken as it is whatever else the row has, as TRL does, and a `completion` is the
+    answer to it. With `chosen` and `rejected`, without a `prompt`, or with a named format, the row is read as by
+    `normalize`. A conversation that ends with the assistant's messages is a prompt without them, and their last is the
+    answer; `question` and `instruction` need no answer. Raises ValueError as `normalize` does, and for rows of text.
+    """
+
+    def parse(given: Mapping[str, Any]) -> PromptRecord:
+        if format is None and "prompt" in given and not given.keys() >= {"chosen", "rejected"}:
+            return _given_prompt(given)
+        if format is None and not any(given.keys() >= set(keys) for keys, _ in _FORMATS.values()):
+            if not given.keys() & _UNANSWERED.keys():
+                raise ValueError("the row has no prompt (prompt, question, instruction, messages, conversations)")
+            given = {**given, **{key: "" for asked, key in _UNANSWERED.items() if asked in given}}
+        return _asking(_FORMATS[_choose(given, format)][1](given))
+
+    return _parsed(row, parse)
+
+
+def _parsed(row: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], _T]) -> _T:
+    """Return what the row without its nulls is parsed to. Raises ValueError with the row's keys."""
     if not isinstance(row, Mapping):
         raise ValueError(f"a row must be an object, got {type(row).__name__}")
-    given = {key: value for key, value in row.items() if value is not None}
     try:
-        return _FORMATS[_choose(given, format)][1](given)
+        return parse({key: value for key, value in row.items() if value is not None})
     except ValueError as error:
         raise ValueError(f"{error}; the row has the keys {_listed(row)}") from error
 
@@ -177,6 +216,39 @@ def _preference(row: Mapping[str, Any]) -> PreferenceRecord:
             raise ValueError(f"{key} must go on from the prompt with an assistant message, but {found}")
     prompt, tools = _with_system(row, prompt), _conversation_tools(row)
     return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected, tools=tools)
+
+
+def _given_prompt(row: Mapping[str, Any]) -> PromptRecord:
+    answer = _last_said(_answer(row["completion"], "completion")) if "completion" in row else None
+    if isinstance(row["prompt"], str):
+        _check_no_conversation(row)
+        return PromptRecord(prompt=row["prompt"], answer=answer)
+    messages = _with_system(row, parse_messages(row["prompt"], "prompt"))
+    return PromptRecord(prompt=messages, answer=answer, tools=_conversation_tools(row))
+
+
+def _asking(record: Record) -> PromptRecord:
+    """Return a record without what would be learnt of it."""
+    match record:
+        case CompletionRecord():
+            return PromptRecord(prompt=record.prompt, answer=record.completion or None)
+        case PreferenceRecord():
+            return PromptRecord(prompt=record.prompt, tools=record.tools)
+        case ChatRecord():
+            end = record.learn_from or len(record.messages)
+            while end and not record.learn_from and record.messages[end - 1]["role"] == "assistant":
+                end -= 1
+            if not end:
+                raise ValueError("the assistant speaks first, so that nothing is asked")
+            answer = _last_said(record.messages[end:])
+            return PromptRecord(prompt=record.messages[:end], answer=answer, tools=record.tools)
+    raise ValueError("a text has no prompt")
+
+
+def _last_said(messages: tuple[Message, ...]) -> str | None:
+    """Return what the assistant's last message says, None where that is nothing."""
+    said = [message["content"] for message in messages if message["role"] == "assistant"]
+    return said[-1] or None if said else None
 
 
 _PROMPTS: dict[str, Callable[[Mapping[str, Any]], tuple[Message, ...] | str]] = {
@@ -302,3 +374,4 @@ _FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Record]
     "question": (("question", "answer"), _question),
 }
 FORMATS = tuple(_FORMATS)
+_UNANSWERED = {"question": "answer", "instruction": "output"}
