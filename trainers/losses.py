@@ -9,11 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from trainers.vocabulary import count_chunks, cut, gradients_of, join, logits_of
 from utils.shapes import Array, Float, Int
-
-# Logits of a chunk, all devices together: 32 MiB of float32 where caches are what counts, 1 GiB elsewhere.
-_CPU_LOGITS = 2**23
-_ACCELERATOR_LOGITS = 2**28
 
 
 class CrossEntropy(NamedTuple):
@@ -53,12 +50,9 @@ def cross_entropy(
     if not 0 <= label_smoothing < 1 or z_loss < 0:
         raise ValueError(f"label_smoothing {label_smoothing} must be in [0, 1) and z_loss {z_loss} at least 0")
     letters, weight = unembedding
-    if chunk_logits is None:
-        chunk_logits = _CPU_LOGITS if jax.default_backend() == "cpu" else _ACCELERATOR_LOGITS
     targets_BT = jnp.where(weights_BT == 0, 0, targets_BT)  # so that they may be anything, such as -100
     B, T, _ = x_BTD.shape
-    V = weight.shape[letters.index("V")]
-    num_chunks = min(T, max(1, -(-B * T * V // chunk_logits)))
+    num_chunks = count_chunks(B, T, weight.shape[letters.index("V")], chunk_logits)
     options = _Options(letters, num_chunks, float(z_loss), float(label_smoothing))
     return CrossEntropy(*_cross_entropy(options, x_BTD, weight, targets_BT, weights_BT))
 
@@ -75,7 +69,7 @@ def _cross_entropy(options: _Options, x_BTD: Array, weight: Array, targets_BT: A
     def chunk(sums, inputs):
         return jax.tree.map(jnp.add, sums, _chunk_sums(options, weight, *inputs)[0]), None
 
-    return jax.lax.scan(chunk, _zeros(), _chunks(options, x_BTD, targets_BT, weights_BT))[0]
+    return jax.lax.scan(chunk, _zeros(), cut(options.num_chunks, x_BTD, targets_BT, weights_BT))[0]
 
 
 def _forward(options: _Options, x_BTD: Array, weight: Array, targets_BT: Array, weights_BT: Array):
@@ -89,18 +83,13 @@ def _forward(options: _Options, x_BTD: Array, weight: Array, targets_BT: Array, 
         sums, dweight = carry
         x_BCD = inputs[0]
         new, dlogits_BCV = _chunk_sums(options, weight, *inputs)
-        dlogits_BCV = (dlogits_BCV * factor).astype(x_BCD.dtype)
-        dx_BCD = jnp.einsum(f"BCV,{options.letters}->BCD", dlogits_BCV, weight, preferred_element_type=kept)
-        first, second = (x_BCD, dlogits_BCV) if options.letters == "DV" else (dlogits_BCV, x_BCD)
-        spec = "BCD,BCV->DV" if options.letters == "DV" else "BCV,BCD->VD"
-        dweight += jnp.einsum(spec, first, second, preferred_element_type=jnp.float32)
-        return (jax.tree.map(jnp.add, sums, new), dweight), dx_BCD
+        dx_BCD, more = gradients_of(options.letters, x_BCD, weight, dlogits_BCV * factor, kept)
+        return (jax.tree.map(jnp.add, sums, new), dweight + more), dx_BCD
 
     carry = (_zeros(), jnp.zeros(weight.shape, jnp.float32))
-    chunks = _chunks(options, x_BTD, targets_BT, weights_BT)
+    chunks = cut(options.num_chunks, x_BTD, targets_BT, weights_BT)
     (sums, dweight), dx_XBCD = jax.lax.scan(chunk, carry, chunks)
-    B, T, D = x_BTD.shape
-    dx_BTD = jnp.moveaxis(dx_XBCD, 0, 1).reshape(B, -1, D)[:, :T]
+    dx_BTD = join(dx_XBCD, x_BTD.shape[1])
     if half:
         dx_BTD, dweight = dx_BTD / factor, dweight / factor
     else:
@@ -121,22 +110,9 @@ def _zeros() -> tuple[Array, ...]:
     return (jnp.float32(0),) * 4
 
 
-def _chunks(options: _Options, *arrays_BT: Array) -> tuple[Array, ...]:
-    """Arrays [B, T, ...] as [chunks, B, C, ...], filled up with zeros, which have no weight."""
-    T = arrays_BT[0].shape[1]
-    C = -(-T // options.num_chunks)
-    padding = options.num_chunks * C - T
-
-    def cut(x_BT: Array) -> Array:
-        x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
-        return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], options.num_chunks, C, *x_BT.shape[2:]), 1, 0)
-
-    return tuple(cut(x_BT) for x_BT in arrays_BT)
-
-
 def _chunk_sums(options: _Options, weight: Array, x_BCD: Array, targets_BC: Array, weights_BC: Array):
     """Sums of a chunk, and the gradient of its loss by its logits, float32 [B, C, V]."""
-    logits_BCV = jnp.einsum(f"BCD,{options.letters}->BCV", x_BCD, weight, preferred_element_type=jnp.float32)
+    logits_BCV = logits_of(options.letters, x_BCD, weight)
     top_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
     exp_BCV = jnp.exp(logits_BCV - top_BC1)
     sum_BC1 = jnp.sum(exp_BCV, axis=-1, keepdims=True)
