@@ -104,7 +104,8 @@ def _hf_decoder(shape: str, dtype: str) -> Callable[[list[list[int]], int], None
     where = "cuda" if jax.default_backend() == "gpu" else "cpu"
     raw = config_to_hf(PRESETS[shape])
     config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(where).eval()
+    with torch.device(where):  # random numbers drawn there, not by one core of the host
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(where).eval()
 
     def run(prompts: list[list[int]], new_tokens: int) -> None:
         tokens = torch.tensor(prompts, device=where)

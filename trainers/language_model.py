@@ -15,14 +15,11 @@ from utils.shapes import Array
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig:
-    """How the model is run for the loss: see `LLaMa.hidden` (remat, dropout, attention) and `cross_entropy`.
-
-    cuDNN's attention is no choice: it knows no segments, and every batch has them.
-    """
+    """How the model is run for the loss: see `LLaMa.hidden` (remat, dropout, attention) and `cross_entropy`."""
 
     dropout: float = 0.0
     remat: Literal["none", "dots", "block", "everything"] = "dots"
-    attention: Literal["auto", "xla", "splash"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     z_loss: float = 0.0
     label_smoothing: float = 0.0
 

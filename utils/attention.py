@@ -6,6 +6,7 @@ Letters as in `utils.ops`.
 
 import math
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ __all__ = ["IMPLEMENTATIONS", "Mask", "attention", "choose"]
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 _LANES = 128  # Splash attention works on blocks of this many positions and heads of multiples of this size.
+_DRAWN = 2**30  # The largest mask that is drawn for cuDNN: two bytes for each query and key of a row.
 
 
 def attention(
@@ -82,30 +84,41 @@ def _platform() -> str:
 
 
 def _cudnn_limits(q_BTNH: Array, k_BSKH: Array, mask: Mask) -> str | None:
-    """Why cuDNN cannot do this, or None. Its causal mask begins with query 0 at key 0; it knows no segments."""
+    """Why cuDNN cannot do this, or None."""
+    (B, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attention takes bfloat16 or float16, not {q_BTNH.dtype}"
-    if q_BTNH.shape[-1] % 8 or q_BTNH.shape[-1] > 128:
-        return f"cuDNN attention takes head sizes that are multiples of 8 up to 128, not {q_BTNH.shape[-1]}"
-    if mask.query_segments_BT is not None:
-        return "cuDNN attention has no segment ids: packed documents would read each other"
-    if mask.offset_B is not None or mask.keys_before:
-        return "cuDNN attention puts query 0 at key 0, so it cannot continue behind a filled cache"
-    if not isinstance(mask.window, int | None):
-        return "cuDNN attention needs a window known when compiling, the same for all layers"
+    if H % 8 or H > 128:
+        return f"cuDNN attention takes head sizes that are multiples of 8 up to 128, not {H}"
+    if T % 2 or S % 2:
+        return f"cuDNN attention has a gradient for even lengths alone, not for {T} queries and {S} keys"
+    if (mask.query_segments_BT is not None or _is_shifted(mask)) and B * T * S > _DRAWN:
+        return f"cuDNN attention would need a mask of {B} x {T} x {S} in memory, which is more than {_DRAWN}"
     return None
 
 
+def _is_shifted(mask: Mask) -> bool:
+    """Whether cuDNN's own causal mask and window cannot say it: they begin with query 0 at key 0 and are constants."""
+    return mask.offset_B is not None or mask.keys_before != 0 or not isinstance(mask.window, int | None)
+
+
 def _attend_cudnn(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, scale: float | None) -> Array:
+    """What cuDNN cannot be told it gets drawn, as a bias of [B, 1, T, S]: documents, queries behind other keys."""
     if reason := _cudnn_limits(q_BTNH, k_BSKH, mask):
         raise ValueError(reason)
-    query_length_B = None
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    drawn_BTS = query_length_B = None
+    if _is_shifted(mask):
+        drawn_BTS, mask = mask.draw(T, S), Mask(causal=False)
+    elif mask.query_segments_BT is not None:
+        drawn_BTS = replace(mask, causal=False, window=None, key_length_B=None).draw(T, S)
     if mask.key_length_B is not None:
-        query_length_B = jnp.full_like(mask.key_length_B, q_BTNH.shape[1])
+        query_length_B = jnp.full_like(mask.key_length_B, T)
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,
         v_BSKH,
+        mask=None if drawn_BTS is None else drawn_BTS[:, None],
         scale=scale,
         is_causal=mask.causal or mask.window is not None,
         query_seq_lengths=query_length_B,

@@ -184,7 +184,13 @@ def _scan_dots(layer: Callable, carry: tuple, layers: Layers, num_layers: int) -
     policy = policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
     )
+    policy = policies.save_from_both_policies(policy, _is_cudnn_attention)
     return jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), carry, layers)
+
+
+def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether this is cuDNN's forward pass, which is no product that a policy of jax knows, and has no name."""
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _scan_blocks(layer: Callable, carry: tuple, layers: Layers, num_layers: int) -> tuple:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -97,8 +98,14 @@ MASKS = {
     "segments": Mask(query_segments_BT=jnp.array(SEGMENTS), key_segments_BS=jnp.array(SEGMENTS)),
     "offset": Mask(offset_B=jnp.array([0, 3], jnp.int32)),
     "traced-window": Mask(window=jnp.int32(50)),
+    "window-segments-lengths": Mask(
+        window=90,
+        query_segments_BT=jnp.array(SEGMENTS),
+        key_segments_BS=jnp.array(SEGMENTS),
+        key_length_B=jnp.array([200, 256], jnp.int32),
+    ),
+    "behind-others": Mask(keys_before=100),
 }
-CUDNN_CANNOT = {"segments": "segment", "offset": "query 0 at key 0", "traced-window": "window"}
 SPLASH_CANNOT = {"offset": "offset", "traced-window": "window"}
 
 
@@ -107,7 +114,7 @@ SPLASH_CANNOT = {"offset": "offset", "traced-window": "window"}
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "cuda", "tpu"])
 def test_choice(platform, dtype, name):
     want = "xla"
-    if platform == "cuda" and dtype != "float32" and name not in CUDNN_CANNOT:
+    if platform == "cuda" and dtype != "float32":
         want = "cudnn"
     if platform == "tpu" and dtype != "float16" and name not in SPLASH_CANNOT:
         want = "splash"
@@ -121,6 +128,7 @@ def test_choice(platform, dtype, name):
         ("cuda", dict(T=2, S=2), "cudnn"),
         ("cuda", dict(T=200, S=200), "cudnn"),
         ("cuda", dict(H=128), "cudnn"),
+        ("cuda", dict(T=201, S=201), "xla"),
         ("cuda", dict(H=136), "xla"),
         ("cuda", dict(H=12), "xla"),
         ("tpu", dict(T=1), "xla"),
@@ -170,17 +178,28 @@ def test_scale_and_unknown_implementations():
     assert IMPLEMENTATIONS == ("auto", "xla", "cudnn", "splash")
 
 
-@pytest.mark.parametrize("name", CUDNN_CANNOT)
-def test_cudnn_refuses_masks_that_it_cannot_do(name):
-    with pytest.raises(ValueError, match=CUDNN_CANNOT[name]):
-        attention(*arrays(dtype=jnp.bfloat16), MASKS[name], implementation="cudnn")
-
-
-@pytest.mark.parametrize("options,reason", [(dict(), "float32"), (dict(H=136), "136"), (dict(H=12), "12")])
+@pytest.mark.parametrize(
+    "options,reason",
+    [(dict(), "float32"), (dict(H=136), "136"), (dict(H=12), "12"), (dict(T=5), "5 queries"), (dict(S=3), "3 keys")],
+)
 def test_cudnn_refuses_arrays_that_it_cannot_do(options, reason):
     dtype = {} if reason == "float32" else {"dtype": jnp.bfloat16}
     with pytest.raises(ValueError, match=reason):
-        attention(*arrays(T=4, S=4, **options, **dtype), Mask(), implementation="cudnn")
+        attention(*arrays(**(dict(T=4, S=4) | options), **dtype), Mask(), implementation="cudnn")
+
+
+def test_cudnn_is_handed_no_mask_that_would_fill_the_memory(monkeypatch):
+    def chosen(length: int, mask: Mask) -> str:
+        q, k = (jax.ShapeDtypeStruct((2, length, heads, 64), jnp.bfloat16) for heads in (4, 2))
+        return choose(q, k, mask, platform="cuda")
+
+    segments_BT = jax.ShapeDtypeStruct((2, 4096), jnp.int32)
+    packed = Mask(query_segments_BT=segments_BT, key_segments_BS=segments_BT)
+    assert (chosen(16384, packed), chosen(32768, packed), chosen(32768, Mask())) == ("cudnn", "xla", "cudnn")
+    assert chosen(32768, Mask(keys_before=8)) == "xla"
+    monkeypatch.setattr(attention_module, "_DRAWN", 2 * 256 * 256 - 1)
+    with pytest.raises(ValueError, match="2 x 256 x 256 in memory"):
+        attention(*arrays(dtype=jnp.bfloat16), MASKS["segments"], implementation="cudnn")
 
 
 @pytest.mark.parametrize("name", SPLASH_CANNOT)
@@ -249,6 +268,25 @@ def test_cudnn_is_told_the_whole_mask(cudnn_calls, mask, kind, window, lengths):
     ]
 
 
+@pytest.mark.parametrize(
+    "mask,kind,window,rows",
+    [
+        (MASKS["segments"], "CAUSAL", 0, 2),
+        (replace(MASKS["segments"], window=9), "CAUSAL", 9, 2),
+        (replace(MASKS["segments"], causal=False), "NO_MASK", 0, 2),
+        (MASKS["offset"], "NO_MASK", 0, 2),
+        (MASKS["traced-window"], "NO_MASK", 0, 1),
+        (MASKS["behind-others"], "NO_MASK", 0, 1),
+    ],
+)
+def test_cudnn_gets_what_it_cannot_be_told_as_a_bias(cudnn_calls, mask, kind, window, rows):
+    q, k, v = arrays(dtype=jnp.bfloat16)
+    [(target, settings, operands)] = cudnn_calls(lambda *qkv: attention(*qkv, mask, implementation="cudnn"), q, k, v)
+    assert target == "__cudnn$fmhaScaleBiasSoftmax"
+    assert (settings["mask_type"], int(settings["sliding_window_length"])) == (kind, window)
+    assert operands.split(", ")[3:] == [f"tensor<{rows}x1x256x256xbf16>"]
+
+
 def test_cudnn_gradients_are_fused_too(cudnn_calls):
     mask = Mask(window=9)
 
@@ -268,8 +306,6 @@ def test_mask_handed_to_cudnn_means_the_same_in_plain_jax(monkeypatch):
     )
     q, k, v = arrays(dtype=jnp.bfloat16)
     for name, mask in MASKS.items():
-        if name in CUDNN_CANNOT:
-            continue
         run = partial(attention_module._attend_cudnn, mask=mask, scale=None)
         got, want = (np.asarray(x, np.float32) for x in (jax.jit(run)(q, k, v), attend(q, k, v, mask.draw(256, 256))))
         np.testing.assert_allclose(got, want, atol=3e-2, err_msg=name)
