@@ -1,12 +1,14 @@
-"""Pretraining and supervised fine-tuning from a YAML file.
+"""Pretraining, supervised fine-tuning and reinforcement learning from a YAML file.
 
     python train.py pretrain --config configs/shakespeare.yaml --data.train=input.txt
     python train.py sft --config configs/sft_small.yaml --trainer.learning_rate=1e-5
     python train.py sft --config configs/sft_small.yaml --resume
+    python train.py grpo --config configs/gsm8k_grpo.yaml --data.train=train.jsonl
     python train.py export --run runs/shakespeare --step 1000 --output exported
 
 Flags: --config FILE; --resume goes on from the newest checkpoint in output_dir; every other flag is a setting, whose
-keys `python train.py pretrain --help` lists. `export` writes the model of a checkpoint in Hugging Face's format.
+keys `python train.py grpo --help` lists, and so for each. `export` writes the model of a checkpoint in Hugging Face's
+format.
 """
 
 if __name__ == "__main__":
@@ -18,13 +20,13 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.cli import UsageError, one_line_errors
 
-COMMANDS = ("pretrain", "sft", "export")
+COMMANDS = ("pretrain", "sft", "grpo", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,14 +51,14 @@ def _train(command: str, argv: list[str]) -> None:
     from inference.setup import keep_compiled_programs
     from trainers.observers import RunError
     from trainers.run import prepare, train
-    from trainers.settings import RunConfig
     from utils.settings import load_settings
 
+    recipe = _recipes()[command]
     path, argv = _take(argv, "--config")
     resume = "--resume" in argv
-    config = load_settings(RunConfig, path, [arg for arg in argv if arg != "--resume"])
+    config = load_settings(recipe.config, path, [arg for arg in argv if arg != "--resume"])
     keep_compiled_programs()
-    run = prepare(command, _trainers()[command], config, resume=resume, cache_dir=_cache_dir())
+    run = prepare(command, recipe, config, resume=resume, cache_dir=_cache_dir())
     for line in run.describe():
         _say(line)
     with _Signals() as signals:
@@ -84,15 +86,23 @@ def _export(argv: list[str]) -> None:
         raise UsageError("export needs --run, the output folder of a run, and --output, a new folder")
     if step is not None and not step.isdecimal():
         raise UsageError(f"--step must be a whole number, not {step!r}")
-    model, config, tokenizer_path = restore_model(_trainers(), folder, None if step is None else int(step))
+    model, config, tokenizer_path = restore_model(_recipes(), folder, None if step is None else int(step))
     _write(model, output, tokenizer_path, config.model.checkpoint)
 
 
-def _trainers() -> dict[str, Callable]:
+def _recipes() -> dict[str, Any]:
+    from inference.rollout import sampler
+    from trainers.grpo_recipe import GRPORecipe
+    from trainers.grpo_trainer import GRPOTrainer
+    from trainers.language_model_recipe import LanguageModelRecipe
     from trainers.pretrain_trainer import PretrainTrainer
     from trainers.sft_trainer import SFTTrainer
 
-    return {"pretrain": PretrainTrainer, "sft": SFTTrainer}
+    return {
+        "pretrain": LanguageModelRecipe(PretrainTrainer),
+        "sft": LanguageModelRecipe(SFTTrainer),
+        "grpo": GRPORecipe(GRPOTrainer, sampler),
+    }
 
 
 def _write(model, folder: str, tokenizer_path: Path, base: str | None) -> None:
@@ -108,10 +118,9 @@ def _write(model, folder: str, tokenizer_path: Path, base: str | None) -> None:
 def _print_help(command: str) -> None:
     print(__doc__.strip())
     if command != "export":
-        from trainers.settings import RunConfig
         from utils.settings import describe
 
-        print("\nSettings:\n\n" + describe(RunConfig))
+        print("\nSettings:\n\n" + describe(_recipes()[command].config))
 
 
 def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.decode import DecodeState, begin, bucket, decode, new_cache, prefill
+from inference.decode import DecodeState, begin, bucket, decode, new_cache, place_cache, prefill, slots_for
 from models.llama import LLaMa
 from sampling import NewlineTable, SamplingParams, SamplingRules
 from utils import kvcache
+from utils.sharding import mesh_of, place_rows
 
 WATCH_STEPS = 16  # How often rows are looked at for an end that token ids do not show.
 _UNWATCHED_STEPS = 64
@@ -87,7 +88,7 @@ def _batches(model, prompts, request, batch_size, ends) -> Iterator[list[Complet
         for samples in _parts(range(request.num_samples), max(1, batch_size // rows)):
             state, rules, stop_E = start(model, batch, request, indices=indices, samples=samples)
             if ends is None:
-                completions = collect(_decode_all(model, state, rules, stop_E), request)
+                completions = collect(decode_all(model, state, rules, stop_E), request)
             else:
                 numbers = [first + row // len(samples) for row in range(rows * len(samples))]
                 completions = _decode_watched(model, state, rules, stop_E, request, ends, numbers)
@@ -100,10 +101,11 @@ def _parts(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _decode_all(model: LLaMa, state: DecodeState, rules: SamplingRules, stop_E: np.ndarray) -> DecodeState:
+def decode_all(model: LLaMa, state: DecodeState, rules: SamplingRules, stop_E: np.ndarray) -> DecodeState:
     """Decode all rows to their ends, looking up now and then so that an interrupt need not wait for the last one."""
     while not np.all(state.done_B):
-        state = decode(model, state, rules, stop_E, _UNWATCHED_STEPS)
+        slots = slots_for(state, _UNWATCHED_STEPS)
+        state = decode(model, state, rules, stop_E, _UNWATCHED_STEPS, slots=slots)
     return state
 
 
@@ -119,7 +121,8 @@ def _decode_watched(model, state, rules, stop_E, request, ends, numbers) -> list
                 kept[row], done_B[row] = keep, True
         if done_B.all():
             return [_cut(c, kept[row]) if row in kept else c for row, c in enumerate(completions)]
-        state = decode(model, replace(state, done_B=jnp.asarray(done_B)), rules, stop_E, WATCH_STEPS)
+        slots = slots_for(state, WATCH_STEPS)
+        state = decode(model, replace(state, done_B=jnp.asarray(done_B)), rules, stop_E, WATCH_STEPS, slots=slots)
 
 
 def _cut(completion: Completion, keep: int) -> Completion:
@@ -179,13 +182,15 @@ def start(
     """Prefill prompts and draw the first token of each of the numbered samples.
 
     `indices` number the rows for their seeds; more indices than prompts, all None, ask for idle rows that fill a batch.
+    Rows are cut over the mesh that the model lies on.
     """
     prompts = [list(prompt) for prompt in prompts] + [[0]] * (len(indices) - len(prompts))
     cache = new_cache(model, len(prompts), cache_size(model, max(map(len, prompts)), request))
     last_BD, cache = prefill(model, cache, prompts, from_empty=True)
     G = len(samples)
     if G > 1:
-        cache, last_BD = kvcache.fork(cache, G), jnp.repeat(last_BD, G, axis=0)
+        cache = place_cache(kvcache.fork(cache, G), mesh_of(model))
+        last_BD = place_rows(jnp.repeat(last_BD, G, axis=0), mesh_of(model))
     room = model.config.max_text_length
     limits = [0 if i is None else min(request.max_new_tokens, room - len(p)) for i, p in zip(indices, prompts)]
     return begin_rows(
@@ -233,14 +238,15 @@ def begin_rows(
     if rules.newlines is not None:
         newline_run_B = np.array([_newlines_at_end(text, rules.newlines) for text in texts], np.int32)
     stop_E = np.array(sorted(request.stop_ids), np.int32)
+    mesh = mesh_of(model)
     state = begin(
         model,
         cache,
         last_BD,
         rules,
         stop_E,
-        keys_B=keys_B,
-        limit_B=limit_B,
+        keys_B=place_rows(keys_B, mesh),
+        limit_B=place_rows(limit_B, mesh),
         seen_BV=seen_BV,
         newline_run_B=newline_run_B,
         max_new_tokens=buffer,

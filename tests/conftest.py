@@ -44,7 +44,13 @@ def _check_shapes_at_every_call() -> None:
     except ImportError:
         return
     arrays = ("ops", "rope", "kvcache", "blockwise", "attention")
-    for name in (*(f"utils.{own}" for own in arrays), "sampling", "trainers.losses"):
+    for name in (
+        *(f"utils.{own}" for own in arrays),
+        "sampling",
+        "utils.log_probs",
+        "trainers.losses",
+        "trainers.token_log_probs",
+    ):
         module = importlib.import_module(name)
         for key, value in list(vars(module).items()):
             if inspect.isfunction(value) and value.__module__ == name and not key.startswith("_"):

@@ -6,8 +6,10 @@ import pytest
 
 import train
 from models.llama import PRESETS
+from trainers.experience import check_pieces
 from trainers.parts import CHARACTERS, hugging_face_config, network_config
-from trainers.settings import RunConfig
+from trainers.rewards import load_rewards
+from trainers.settings import CommonConfig, GRPORunConfig, RunConfig
 from utils.settings import dump_yaml, load_settings
 
 ROOT = Path(train.__file__).parent
@@ -19,19 +21,24 @@ class OfSize:
         self.vocab_size = vocab_size
 
 
-def load(name: str, flags: tuple[str, ...] = ()) -> RunConfig:
-    return load_settings(RunConfig, ROOT / "configs" / f"{name}.yaml", flags)
+def kind(name: str) -> type[CommonConfig]:
+    return GRPORunConfig if name.endswith("_grpo") else RunConfig
+
+
+def load(name: str, flags: tuple[str, ...] = ()) -> CommonConfig:
+    return load_settings(kind(name), ROOT / "configs" / f"{name}.yaml", flags)
 
 
 def test_all_recipes_are_there():
     assert {"shakespeare", "sft_small", "sft_lora", "pretrain_125m", "llama3_8b"} <= set(RECIPES)
+    assert {"gsm8k_grpo", "llama3_1b_grpo"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_read_strictly_and_written_back(name: str, tmp_path: Path):
     config = load(name)
     (tmp_path / "again.yaml").write_text(dump_yaml(config))
-    assert load_settings(RunConfig, tmp_path / "again.yaml") == config
+    assert load_settings(kind(name), tmp_path / "again.yaml") == config
     assert config.output_dir == f"runs/{name}"
 
 
@@ -51,6 +58,7 @@ def test_a_recipe_names_a_network_that_can_be_written(name: str):
 def test_the_command_above_a_recipe_names_it(name: str):
     head = (ROOT / "configs" / f"{name}.yaml").read_text().split("\noutput_dir")[0]
     command = next(line for line in head.splitlines() if "train.py" in line)
+    assert ("train.py grpo " in command) == (kind(name) is GRPORunConfig)
     assert f"--config configs/{name}.yaml" in command
     flags = command.split(f"--config configs/{name}.yaml")[1].replace("'", "").split()
     load(name, tuple(flags))
@@ -61,3 +69,13 @@ def test_the_recipe_of_shakespeare_is_of_nanogpts_size():
     llama = network_config(config.model, OfSize(66))
     assert (llama.num_layers, llama.num_heads, llama.hidden_size) == (4, 4, 128)
     assert (config.trainer.steps, config.trainer.batch_size, config.data.sequence_length) == (2000, 12, 64)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if kind(name) is GRPORunConfig])
+def test_the_rewards_of_a_recipe_are_there_and_its_updates_can_be_cut(name: str):
+    config = load(name)
+    assert [reward.name for reward in load_rewards(config.rewards)] == ["gsm8k_answer"]
+    for devices in (1, 8):
+        data, fsdp, _ = config.mesh.shape(devices)
+        rows = config.trainer.accumulation_steps * data * fsdp
+        check_pieces(config.trainer.batch_size, config.rollout.completions, rows)

@@ -14,7 +14,7 @@ import pytest
 
 import train
 import trainers.export
-import trainers.run
+import trainers.language_model_recipe
 from models.llama import load_pretrained, load_tokenizer
 from tests.trainers.runs import argv, metrics, numbers, pretraining, same, tuning
 from trainers.checkpoints import Checkpointer
@@ -63,7 +63,7 @@ def wait_for_steps(process: subprocess.Popen, folder: Path, count: int) -> None:
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["pretrian"], "'pretrian' is none of the commands pretrain, sft, export; see --help"),
+        (["pretrian"], "'pretrian' is none of the commands pretrain, sft, grpo, export; see --help"),
         (["pretrain", "--config"], "--config needs a value"),
         (["pretrain", "--config", "--resume"], "--config needs a value"),
         (["pretrain", "--config=a", "--config=b"], "--config is given twice"),
@@ -144,8 +144,10 @@ def test_bad_rows_are_skipped_and_counted_where_that_is_wanted(program, tmp_path
 
 def test_help(program):
     for args in ([], ["--help"], ["-h"]):
-        assert program(*args) == (0, "") and program.out.startswith("Pretraining and supervised fine-tuning")
+        assert program(*args) == (0, "") and program.out.startswith("Pretraining, supervised fine-tuning")
     assert program("sft", "--help")[0] == 0 and "eval_at_start" in program.out and "keep_best" in program.out
+    assert program("grpo", "--help")[0] == 0
+    assert all(name in program.out for name in ("max_completion_length", "rewards", "dynamic_sampling", "epsilon_high"))
     assert program("export", "--help") == (0, "") and "--step" in program.out
 
 
@@ -236,7 +238,9 @@ def test_ctrl_c_on_the_last_step_is_too_late(program, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(trainers.run, "open_datasets"), (trainers.export, "export")], ids=["set-up", "export"]
+    ("module", "name"),
+    [(trainers.language_model_recipe, "open_datasets"), (trainers.export, "export")],
+    ids=["set-up", "export"],
 )
 def test_ctrl_c_before_and_behind_training_is_an_interrupt(program, tmp_path: Path, monkeypatch, module, name):
     monkeypatch.setattr(module, name, lambda *_, **__: signal.raise_signal(signal.SIGINT))

@@ -1,6 +1,6 @@
 """A trained model for others: written as it is, or restored from a checkpoint of its run for that."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from models.llama import LLaMa, LlamaConfig, merge_lora, save_peft, save_pretrai
 from models.llama.config import config_from_hf
 from trainers import parts
 from trainers.checkpoints import Checkpointer
-from trainers.settings import MeshConfig, RunConfig
+from trainers.recipe import Recipe
+from trainers.settings import CommonConfig, MeshConfig
 from trainers.snapshots import read_info
-from trainers.trainer import Trainer
 from utils.settings import from_dict, to_dict
 
 CHECKPOINTS = "checkpoints"  # in a run's output folder
@@ -35,11 +35,11 @@ def export(model: LLaMa, folder: str | Path, *, tokenizer_path: Path, base: str 
 
 
 def restore_model(
-    trainers: Mapping[str, Callable[..., Trainer]], folder: str | Path, step: int | None
-) -> tuple[LLaMa, RunConfig, Path]:
+    recipes: Mapping[str, Recipe], folder: str | Path, step: int | None
+) -> tuple[LLaMa, CommonConfig, Path]:
     """The model of a run's checkpoint, the run's settings and the path of its tokenizer; None is the newest step.
 
-    `folder` is the run's output folder, wherever it lies now; `trainers` are the classes by the command of the run.
+    `folder` is the run's output folder, wherever it lies now; `recipes` are those of all commands.
     Neither the run's data nor its base model are needed, and the devices may be others.
     Raises OSError and ValueError for a folder without such a checkpoint.
     """
@@ -51,19 +51,20 @@ def restore_model(
             raise ValueError(f"{checkpoints} has no checkpoint of step {step}, only of {', '.join(map(str, steps))}")
         path = checkpoints / str(step)
         settings = read_info(path)["settings"]
-        config = from_dict(RunConfig, settings["config"], source=str(path))
+        recipe = recipes[settings["command"]]
+        config = from_dict(recipe.config, settings["config"], source=str(path))
         if settings["network"] is None:
             raise ValueError(f"{path}: Hugging Face has no architecture for this network")
         own = Path(folder) / "tokenizer"
         mesh = parts.make_mesh(MeshConfig(data=1, fsdp=-1))
-        trainer = parts.make_trainer(trainers[settings["command"]], config, settings["num_steps"])
+        trainer = recipe.make_trainer(config, settings["num_steps"])
         model = parts.make_random_model(config, config_from_hf(settings["network"]), mesh)
         restored = checkpointer.restore(trainer.init(model, jax.random.key(0)), step)
     return restored.state.model, config, own if own.is_dir() else Path(settings["tokenizer"])
 
 
 def restorable(
-    command: str, *, config: RunConfig, num_steps: int, llama: LlamaConfig, tokenizer_path: Path
+    command: str, *, config: CommonConfig, num_steps: int, llama: LlamaConfig, tokenizer_path: Path
 ) -> dict[str, Any]:
     """The settings that a checkpoint needs for `restore_model`."""
     return {

@@ -57,7 +57,7 @@ class JsonlWriter:
         with _writable(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step is not None:
-                _cut(self._path, resume_step)
+                cut_lines(self._path, resume_step)
             elif self._path.is_file() and self._path.stat().st_size:
                 raise FileExistsError(
                     f"{self._path} holds the metrics of another run: resume it or take another folder"
@@ -78,8 +78,11 @@ class JsonlWriter:
             self._file.close()
 
 
-def _cut(path: Path, last_step: int) -> None:
-    """Take the lines of later steps out of the file, if there is one, in one move."""
+def cut_lines(path: Path, last_step: int) -> None:
+    """Take the lines of later steps out of a file of JSON lines, if there is one, in one move.
+
+    Raises ValueError for a line without a step.
+    """
     if not path.exists():
         return
     # What stands behind the last newline was cut short while it was being written.

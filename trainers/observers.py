@@ -7,7 +7,6 @@ from typing import Any
 
 from jax import Array
 
-from data.loading import Loader
 from models.llama import LlamaConfig
 from trainers.checkpoints import Checkpointer
 from trainers.flops import document_lengths, peak_memory_bytes, training_flops
@@ -71,8 +70,9 @@ class Recorder:
             values["perplexity"] = perplexity(values["nll"])
         rates = self._throughput.report()
         values |= rates if self.began else {}
-        if (memory := peak_memory_bytes()) is not None:
-            values["peak_memory_bytes"] = memory
+        parts = self._throughput.memory
+        if (peak := peak_memory_bytes() if parts is None else parts.peak()) is not None:
+            values["peak_memory_bytes"] = peak
         self.write(step, values)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -88,7 +88,8 @@ def perplexity(nll: float) -> float:
 class Evaluator:
     """Evaluates every so many steps and at the last one; ends training after `patience` evaluations without a gain.
 
-    `latest` are the last evaluation's metrics. `state` and `restore` carry over what the patience has counted.
+    `latest` are the last evaluation's metrics. `state` and `restore` carry over what the patience has counted, and
+    `due`, the step of an evaluation that has failed and is to be done again; None where there is none.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Evaluator:
         self._every_steps, self._num_steps, self._patience = every_steps, num_steps, patience
         self._best, self._waited = math.inf, 0
         self.latest: dict[str, float] = {}
+        self.due: int | None = None
 
     def __call__(self, step: int, state: TrainState, metrics: Mapping[str, Array]) -> bool:
         self.latest = {}
@@ -116,6 +118,7 @@ class Evaluator:
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Evaluate now, write the metrics and count for the patience."""
+        self.due = step
         with self._throughput.paused():
             values = dict(self._evaluate(state))
         self.latest = {f"validation/{name}": value for name, value in values.items()}
@@ -124,6 +127,7 @@ class Evaluator:
         self._recorder.write(step, self.latest)
         better = values["loss"] < self._best
         self._best, self._waited = (values["loss"], 0) if better else (self._best, self._waited + 1)
+        self.due = None
 
     @property
     def stopped(self) -> bool:
@@ -131,19 +135,23 @@ class Evaluator:
         return self._patience is not None and self._waited >= self._patience
 
     def state(self) -> dict[str, Any]:
-        return {"best": None if math.isinf(self._best) else self._best, "waited": self._waited}
+        return {"best": None if math.isinf(self._best) else self._best, "waited": self._waited, "due": self.due}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._best, self._waited = math.inf if state["best"] is None else state["best"], state["waited"]
+        self.due = state.get("due")
 
 
 class Saver:
-    """Saves the run when a checkpoint is due, at the last step, and when `interrupted` says that it is to end."""
+    """Saves the run when a checkpoint is due, at the last step, and when `interrupted` says that it is to end.
+
+    `carried` are the parts whose `state` goes along, by name.
+    """
 
     def __init__(
         self,
         checkpointer: Checkpointer,
-        loader: Loader,
+        carried: Mapping[str, Any],
         evaluator: Evaluator | None,
         throughput: Throughput,
         *,
@@ -151,9 +159,10 @@ class Saver:
         num_steps: int,
         interrupted: Callable[[], bool],
     ):
-        self._checkpointer, self._loader, self._evaluator = checkpointer, loader, evaluator
+        self._checkpointer, self._carried, self._evaluator = checkpointer, carried, evaluator
         self._throughput, self._settings, self._num_steps = throughput, settings, num_steps
         self._interrupted = interrupted
+        self._last: tuple[int, TrainState] | None = None
 
     def __call__(self, step: int, state: TrainState, metrics: Mapping[str, Array]) -> bool:
         end = self._interrupted()
@@ -164,23 +173,34 @@ class Saver:
                 self.save(step, state)
         return end
 
+    def remember(self, step: int, state: TrainState, metrics: Mapping[str, Array]) -> None:
+        """An observer of its own, to come before all that may fail: what `rescue` saves, until the next step."""
+        self._last = (step, state)
+
     def save(self, step: int, state: TrainState) -> None:
-        data_state = {"loader": self._loader.state()}
-        if self._evaluator is not None:
-            data_state["evaluator"] = self._evaluator.state()
+        data_state = {name: part.state() for name, part in self._carried.items()}
         latest = {} if self._evaluator is None else self._evaluator.latest
         self._checkpointer.save(step, state, data_state=data_state, settings=self._settings, metrics=latest)
 
+    def rescue(self) -> int | None:
+        """Save what was remembered last, unless that has been done. Returns its step, None before any."""
+        if self._last is None:
+            return None
+        step, state = self._last
+        if self._checkpointer.due(step, last=True):
+            self.save(step, state)
+        return step
+
 
 class BadSteps:
-    """Raises RunError after `limit` steps in a row whose loss or gradients were not finite."""
+    """Raises RunError after `limit` steps in a row whose loss or gradients were not finite, or that had no weight."""
 
     def __init__(self, limit: int, *, skipped: int):
         self._limit, self._last, self._in_a_row = limit, skipped, 0
-        self._pending: deque[tuple[int, Array]] = deque()
+        self._pending: deque[tuple[int, Array, Array | None]] = deque()
 
     def __call__(self, step: int, state: TrainState, metrics: Mapping[str, Array]) -> None:
-        self._pending.append((step, metrics["skipped"]))
+        self._pending.append((step, metrics["skipped"], metrics.get("weight")))
         if len(self._pending) > _BEHIND:
             self.check(*self._pending.popleft())
 
@@ -189,12 +209,15 @@ class BadSteps:
         while self._pending:
             self.check(*self._pending.popleft())
 
-    def check(self, step: int, skipped: Array) -> None:
+    def check(self, step: int, skipped: Array, weight: Array | None) -> None:
         skipped = int(skipped)
         self._in_a_row = self._in_a_row + 1 if skipped > self._last else 0
         self._last = skipped
-        if self._in_a_row >= self._limit:
+        if self._in_a_row < self._limit:
+            return
+        steps = f"{self._in_a_row} steps up to step {step}"
+        if weight is not None and not float(weight):
             raise RunError(
-                f"loss or gradients were not finite for {self._in_a_row} steps up to step {step}: "
-                "lower the learning rate, or look at the data"
+                f"no token had a weight for {steps}: look at the data, or whether all completions are cut off"
             )
+        raise RunError(f"loss or gradients were not finite for {steps}: lower the learning rate, or look at the data")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from models.llama.lora import add_lora
 from models.llama.save import TOKENIZER_FILES
 from models.llama.tokenizer import Tokenizer
 from trainers.optimizers import make_optimizer
-from trainers.settings import MeshConfig, ModelConfig, RunConfig
-from trainers.trainer import Trainer
+from trainers.settings import CommonConfig, MeshConfig, ModelConfig
 
 CHARACTERS = "characters"  # the tokenizer that is made of the training text
 
@@ -43,12 +42,11 @@ def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
         )
 
 
-def make_trainer(make: Callable[..., Trainer], config: RunConfig, num_steps: int) -> Trainer:
-    """The trainer that the settings describe, of the class `make`."""
+def trainer_options(config: CommonConfig, num_steps: int) -> dict[str, Any]:
+    """The options of `Trainer` that the settings describe."""
     optimizer = make_optimizer(config.optimizer, learning_rate=config.trainer.learning_rate, num_steps=num_steps)
-    return make(
-        optimizer.transformation,
-        config.loss,
+    return dict(
+        optimizer=optimizer.transformation,
         learning_rate=optimizer.learning_rate,
         accumulation_steps=config.trainer.accumulation_steps,
         max_grad_norm=config.trainer.max_grad_norm,
@@ -57,7 +55,7 @@ def make_trainer(make: Callable[..., Trainer], config: RunConfig, num_steps: int
     )
 
 
-def make_model(config: RunConfig, llama: LlamaConfig, mesh: Mesh) -> LLaMa:
+def make_model(config: CommonConfig, llama: LlamaConfig, mesh: Mesh) -> LLaMa:
     """The checkpoint's weights or random ones, and adapters where the settings want some."""
     if config.model.checkpoint is None:
         return make_random_model(config, llama, mesh)
@@ -65,7 +63,7 @@ def make_model(config: RunConfig, llama: LlamaConfig, mesh: Mesh) -> LLaMa:
     return _adapted(model, config.lora, config.trainer.seed)
 
 
-def make_random_model(config: RunConfig, llama: LlamaConfig, mesh: Mesh) -> LLaMa:
+def make_random_model(config: CommonConfig, llama: LlamaConfig, mesh: Mesh) -> LLaMa:
     """The same with random weights whatever the settings say: something to restore a checkpoint into."""
     key = jax.random.key(config.trainer.seed)
     model = random_model(llama, key=key, dtype=jnp.dtype(config.model.dtype), mesh=mesh)
@@ -101,7 +99,7 @@ def hugging_face_config(llama: LlamaConfig) -> Mapping[str, Any] | None:
         return None
 
 
-def tokenizer_path(config: RunConfig, *, anew: bool) -> Path:
+def tokenizer_path(config: CommonConfig, *, anew: bool) -> Path:
     """Where the tokenizer is. One of the text's characters is made where there is none yet, or `anew`."""
     if config.tokenizer != CHARACTERS:
         path = Path(config.tokenizer or config.model.checkpoint)
@@ -122,3 +120,8 @@ def fingerprint(path: Path) -> str:
     files = [folder / sub / name for sub in ("", "original") for name in names]
     content = [(file.name, file.read_bytes()) for file in files if file.is_file()]
     return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def size(tree: Any) -> int:
+    """Numbers in all arrays of a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

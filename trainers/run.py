@@ -1,34 +1,31 @@
 """A run from its settings: model, data and trainer are made, training begins or goes on, results are written."""
 
 import contextlib
-import itertools
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from data.chat import choose_template
-from data.datasets import Datasets, open_datasets
-from data.loading import Loader
-from models.llama import LLaMa, LlamaConfig, check_vocabulary, load_tokenizer
+from data.records import BadRow
+from models.llama import LLaMa, check_vocabulary, load_tokenizer
 from trainers import parts
 from trainers.checkpoints import Checkpointer, Restored
 from trainers.export import CHECKPOINTS, restorable
 from trainers.flops import peak_flops
-from trainers.language_model import LanguageModelTrainer
 from trainers.logs import METRICS_FILE, MetricWriter, open_writers
+from trainers.memory import PartMemory
 from trainers.metrics import Throughput
-from trainers.observers import BadSteps, Evaluator, Recorder, RunError, Saver, counted
+from trainers.observers import BadSteps, Evaluator, Recorder, RunError, Saver
 from trainers.progress import ProgressBar
-from trainers.settings import RunConfig
-from trainers.trainer import Trainer, TrainState
+from trainers.recipe import Course, Recipe, Stateful
+from trainers.rewards import RewardError
+from trainers.settings import CommonConfig
+from trainers.trainer import Observer, Trainer, TrainState
 from utils.settings import diff, to_dict
 
 
@@ -36,15 +33,20 @@ from utils.settings import diff, to_dict
 class Run:
     """Everything that a run needs, made and checked; nothing has been trained yet."""
 
-    config: RunConfig
+    config: CommonConfig
     command: str
     tokenizer_path: Path
-    datasets: Datasets
-    loader: Loader
-    num_steps: int
-    trainer: Trainer
     mesh: Mesh
     model: LLaMa
+    course: Course
+
+    @property
+    def trainer(self) -> Trainer:
+        return self.course.trainer
+
+    @property
+    def num_steps(self) -> int:
+        return self.course.num_steps
 
     @property
     def exportable(self) -> bool:
@@ -53,59 +55,42 @@ class Run:
 
     def describe(self) -> list[str]:
         """Lines on the run: its data, its network, its devices."""
-        rows, train = self.datasets, self.datasets.train
-        efficiency = sum(own.num_places for own in train) / sum(len(own) * own.T for own in train)
-        trained = _size(nnx.state(self.model, self.trainer.trainable))
-        total = _size(nnx.state(self.model, nnx.Param))
+        trained = parts.size(nnx.state(self.model, self.trainer.trainable))
+        total = parts.size(nnx.state(self.model, nnx.Param))
         of = f"{trained:,} of {total:,}" if trained < total else f"{total:,}"
         shape = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+        device = jax.devices()[0].device_kind
         lines = [
-            *rows.report,
-            f"{sum(map(len, train)):,} rows to train on, {efficiency:.1%} filled; "
-            f"{sum(map(len, rows.validation)):,} to validate on; {self.num_steps:,} steps",
-            f"training {of} parameters on {self.mesh.size} {jax.devices()[0].device_kind} ({shape})",
+            *self.course.report,
+            f"training {of} parameters for {self.num_steps:,} steps on {self.mesh.size} {device} ({shape})",
         ]
         if not self.exportable:
             lines.append("Hugging Face has no architecture for this network: hf/ will not be written")
         return lines
 
 
-def prepare(
-    command: str, make: type[LanguageModelTrainer], config: RunConfig, *, resume: bool, cache_dir: str | Path
-) -> Run:
-    """Make what a run needs. `make` is the Trainer subclass; `command` is what it is called in the checkpoints.
+def prepare(command: str, recipe: Recipe, config: CommonConfig, *, resume: bool, cache_dir: str | Path) -> Run:
+    """Make what a run needs. `command` is what the recipe is called in the checkpoints.
 
     Raises ValueError and OSError, in one line, for what is missing or does not fit together.
     """
     holds_run = _check_output(Path(config.output_dir), resume)
     mesh = parts.make_mesh(config.mesh)
-    parts.check_batch(config.trainer.batch_size, config.trainer.accumulation_steps, mesh)
     tokenizer_path = parts.tokenizer_path(config, anew=not holds_run)
     tokenizer = load_tokenizer(tokenizer_path)
     llama = parts.network_config(config.model, tokenizer)
     check_vocabulary(llama, tokenizer)
-    _check_length(config.data.sequence_length, llama)
-    datasets = open_datasets(
-        config.data,
-        tokenizer,
-        tokenizer_name=parts.fingerprint(tokenizer_path),
-        template=choose_template(tokenizer, config.data.chat_template),
-        learn_all=make.learns_all,
-        seed=config.trainer.seed,
-        cache_dir=config.data.cache_dir or cache_dir,
+    opened = recipe.open(
+        config, tokenizer=tokenizer, tokenizer_path=tokenizer_path, llama=llama, mesh=mesh, cache_dir=cache_dir
     )
-    loader = _loader(config, datasets, num_epochs=None)
-    num_steps = _num_steps(config, datasets)
+    model = parts.make_model(config, llama, mesh)
     return Run(
         config=config,
         command=command,
         tokenizer_path=tokenizer_path,
-        datasets=datasets,
-        loader=loader,
-        num_steps=num_steps,
-        trainer=parts.make_trainer(make, config, num_steps),
         mesh=mesh,
-        model=parts.make_model(config, llama, mesh),
+        model=model,
+        course=opened(model),
     )
 
 
@@ -118,21 +103,25 @@ def train(run: Run, *, resume: bool, interrupted: Callable[[], bool], say: Calla
     config, folder = run.config, Path(run.config.output_dir)
     state = run.trainer.init(run.model, jax.random.key(config.trainer.seed))
     with contextlib.ExitStack() as opened:
-        opened.callback(run.loader.close)
+        opened.enter_context(jax.set_mesh(run.mesh))  # see `utils.sharding.keep_rows`
+        opened.callback(run.course.data.close)
         checkpointer = opened.enter_context(Checkpointer(folder / CHECKPOINTS, config.checkpoint))
         restored = _restore(checkpointer, run, state, say) if resume else None
         if restored is not None:
             state = restored.state
-            run.loader.restore(restored.data_state["loader"])
+            for name, part in _carried(run).items():
+                part.restore(restored.data_state[name])
+        resume_step = _resume_step(resume, restored)
         writer = open_writers(
             folder,
             process_index=jax.process_index(),
-            resume_step=_resume_step(resume, restored),
+            resume_step=resume_step,
             tensorboard=config.log.tensorboard,
             wandb=config.log.wandb,
             config=to_dict(config),
         )
-        return _fit(run, state, checkpointer, restored, writer, interrupted, say)
+        observers = run.course.observers(folder, resume_step)
+        return _fit(run, state, checkpointer, restored, writer, observers, interrupted, say)
 
 
 def _fit(
@@ -141,19 +130,20 @@ def _fit(
     checkpointer: Checkpointer,
     restored: Restored | None,
     writer: MetricWriter,
+    observers: tuple[Observer, ...],
     interrupted: Callable[[], bool],
     say: Callable[[str], None],
 ) -> TrainState:
     """Train, evaluate, save; what fails once a step is done is a RunError."""
     config, steps = run.config.trainer, run.num_steps
-    throughput = Throughput(peak_flops=_peak(run))
+    throughput = Throughput(peak_flops=_peak(run), memory=PartMemory())
     style = "silent" if jax.process_index() else run.config.log.progress
     progress = ProgressBar(steps, first_step=int(state.step), style=style)
     recorder = Recorder(writer, progress, throughput, every_steps=config.log_every, num_steps=steps)
     evaluator = _evaluator(run, recorder, throughput, restored)
     saver = Saver(
         checkpointer,
-        run.loader,
+        _carried(run) | ({} if evaluator is None else {"evaluator": evaluator}),
         evaluator,
         throughput,
         settings=restorable(
@@ -171,12 +161,22 @@ def _fit(
         with contextlib.closing(writer), contextlib.closing(progress):
             if evaluator is not None and restored is None and config.eval_at_start:
                 evaluator.evaluate(0, state)
+            if evaluator is not None and evaluator.due is not None:
+                evaluator.evaluate(evaluator.due, state)
             if evaluator is None or not evaluator.stopped:
-                observers = [recorder, bad_steps, *([evaluator] if evaluator else []), saver]
-                batches = _counted(run, throughput)
+                own = [evaluator] if evaluator else []
+                observers = [saver.remember, recorder, *observers, bad_steps, *own, saver]
+                batches = run.course.counted(run.course.data, throughput)
                 state = run.trainer.fit(state, batches, num_steps=steps, observers=observers, throughput=throughput)
                 bad_steps.finish()
         checkpointer.wait()
+    except (RewardError, BadRow) as error:
+        if isinstance(error, BadRow) and not recorder.began:  # a mistake like others, which are found earlier
+            raise
+        step = saver.rescue()
+        checkpointer.wait()
+        saved = "nothing is lost: no step was done" if step is None else f"saved at step {step}: go on with --resume"
+        raise RunError(f"{error}; {saved}") from error
     except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         if not (recorder.began or isinstance(error, OSError)):  # as by an option that is refused when it is compiled
             raise
@@ -203,59 +203,18 @@ def _check_output(folder: Path, resume: bool) -> bool:
     return holds_run
 
 
-def _check_length(sequence_length: int, llama: LlamaConfig) -> None:
-    if sequence_length > llama.max_text_length:
-        raise ValueError(
-            f"data.sequence_length {sequence_length} is longer than the model's context of {llama.max_text_length}"
-        )
-
-
-def _loader(config: RunConfig, datasets: Datasets, num_epochs: int | None) -> Loader:
-    return Loader(
-        datasets.train,
-        batch_size=config.trainer.batch_size,
-        seed=config.trainer.seed,
-        weights=datasets.weights,
-        num_epochs=num_epochs,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def _num_steps(config: RunConfig, datasets: Datasets) -> int:
-    if config.trainer.steps is not None:
-        return config.trainer.steps
-    with contextlib.closing(_loader(config, datasets, num_epochs=1)) as epoch:
-        return max(1, math.ceil(config.trainer.epochs * epoch.num_rows / config.trainer.batch_size))
-
-
-def _counted(run: Run, throughput: Throughput) -> Iterator[Any]:
-    adapters = None if run.config.lora is None else _size(nnx.state(run.model, nnx.LoRAParam))
-    return counted(run.loader, throughput, run.model.config, processes=jax.process_count(), adapter_params=adapters)
+def _carried(run: Run) -> dict[str, Stateful]:
+    """What a checkpoint keeps of the run beside its state, by name."""
+    return {"loader": run.course.data, **run.course.carried}
 
 
 def _evaluator(run: Run, recorder: Recorder, throughput: Throughput, restored: Restored | None) -> Evaluator | None:
-    """What evaluates on the validation data, always the same batches of rows drawn at random; None without data."""
-    if not run.datasets.validation:
+    """What evaluates now and then; None where there is nothing to validate on."""
+    if run.course.evaluate is None:
         return None
     config = run.config.trainer
-    loader = Loader(
-        run.datasets.validation,
-        batch_size=config.batch_size // config.accumulation_steps,
-        seed=config.seed,
-        num_epochs=1,
-        prefetch=0,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-    def evaluate(state: TrainState) -> Mapping[str, float]:
-        loader.seek(0)
-        batches: Iterator[Any] = itertools.islice(loader, config.eval_batches)
-        return run.trainer.evaluate(state.model, batches)
-
     evaluator = Evaluator(
-        evaluate,
+        run.course.evaluate,
         recorder,
         throughput,
         every_steps=config.eval_every,
@@ -295,7 +254,3 @@ def _peak(run: Run) -> float | None:
     dtype = run.trainer.compute_dtype or jnp.dtype(run.config.model.dtype)
     peak = peak_flops(jax.devices()[0].device_kind, dtype)
     return None if peak is None else peak * jax.device_count()
-
-
-def _size(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

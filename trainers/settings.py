@@ -1,18 +1,21 @@
 """The settings of a run, as YAML files and flags give them: a section for each owner."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from data.datasets import DataConfig
+from data.prompts import PromptConfig
 from models.llama.lora import LoraConfig
 from trainers.checkpoints import CheckpointConfig
+from trainers.experience import ExperienceConfig
 from trainers.language_model import LanguageModelConfig
 from trainers.logs import WandbOptions
 from trainers.optimizers import OptimizerConfig
-
-# Metrics of a validation, by which of two values the better one is found.
-METRICS = {f"validation/{name}": "min" for name in ("loss", "nll", "perplexity", "entropy")}
-METRICS |= {"validation/accuracy": "max"}
+from trainers.policy import PolicyConfig
+from trainers.policy_losses import PolicyLossConfig
+from trainers.rewards import RewardConfig
+from trainers.rollouts import RolloutConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,19 +120,38 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """A run of pretraining or supervised fine-tuning.
+class GRPOLogConfig(LogConfig):
+    """The completions of every `completions_every` steps, null: none, `completions_shown` of them in a table.
 
-    `tokenizer` is a folder or file, by default the checkpoint's; "characters" makes one of the training text. All that
-    the run makes is in `output_dir`.
+    All of them are written to completions.jsonl.
     """
+
+    completions_every: int | None = 25
+    completions_shown: int = 4
+
+    def __post_init__(self) -> None:
+        if self.completions_every is not None and self.completions_every < 1:
+            raise ValueError(f"completions_every must be at least 1, or null, not {self.completions_every}")
+        if self.completions_shown < 0:
+            raise ValueError(f"completions_shown must be at least 0, not {self.completions_shown}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """What the runs of all algorithms have.
+
+    `tokenizer` is a folder or file, by default the checkpoint's. All that the run makes is in `output_dir`.
+    """
+
+    # Metrics of a validation, by which of two values the better one is found.
+    metrics: ClassVar[Mapping[str, str]]
+    _tokenizers: ClassVar[str] = "a folder or a file"
 
     output_dir: str
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig | PromptConfig
     trainer: TrainerConfig
     tokenizer: str | None = None
-    loss: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig | None = None
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every_steps=500, keep_last=2))
@@ -140,7 +162,7 @@ class RunConfig:
         if not self.output_dir:
             raise ValueError("output_dir is empty")
         if self.tokenizer is None and self.model.checkpoint is None:
-            raise ValueError("a model with random weights needs a tokenizer: a folder, a file, or characters")
+            raise ValueError(f"a model with random weights needs a tokenizer: {self._tokenizers}")
         if self.model.dtype != "float32" and self.lora is None:
             raise ValueError(f"model.dtype {self.model.dtype} loses small updates: train parameters in float32")
         if self.optimizer.name == "muon" and self.lora is not None:
@@ -158,9 +180,10 @@ class RunConfig:
             if checkpoint.mode != "min":
                 raise ValueError(f"checkpoint.mode {checkpoint.mode} needs a checkpoint.metric to go by")
             return
-        if not validated or checkpoint.metric not in METRICS:
-            raise ValueError(f"checkpoint.metric {checkpoint.metric!r} is none of a validation's: {', '.join(METRICS)}")
-        if checkpoint.mode != (mode := METRICS[checkpoint.metric]):
+        if not validated or checkpoint.metric not in self.metrics:
+            known = ", ".join(self.metrics)
+            raise ValueError(f"checkpoint.metric {checkpoint.metric!r} is none of a validation's: {known}")
+        if checkpoint.mode != (mode := self.metrics[checkpoint.metric]):
             raise ValueError(
                 f"checkpoint.mode {checkpoint.mode} would keep the worst by {checkpoint.metric}: it must be {mode}"
             )
@@ -168,4 +191,51 @@ class RunConfig:
             raise ValueError(
                 f"checkpoint.every_steps {checkpoint.every_steps} is not a multiple of trainer.eval_every "
                 f"{trainer.eval_every}: checkpoints would be kept by a metric that they do not have"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(CommonConfig):
+    """A run of pretraining or supervised fine-tuning.
+
+    `tokenizer` is a folder or file, by default the checkpoint's; "characters" makes one of the training text. All that
+    the run makes is in `output_dir`.
+    """
+
+    metrics: ClassVar[Mapping[str, str]] = {
+        **{f"validation/{name}": "min" for name in ("loss", "nll", "perplexity", "entropy")},
+        "validation/accuracy": "max",
+    }
+    _tokenizers = "a folder, a file, or characters"
+
+    data: DataConfig
+    loss: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPORunConfig(CommonConfig):
+    """A run of GRPO: `trainer.batch_size` are the prompts of an update, `rollout.completions` those of each prompt.
+
+    `rewards` are added up by their weights. Validation is by greedy completions; its loss is the negative reward.
+    """
+
+    metrics: ClassVar[Mapping[str, str]] = {"validation/loss": "min", "validation/reward": "max"}
+
+    data: PromptConfig
+    rewards: tuple[RewardConfig, ...]
+    rollout: RolloutConfig
+    experience: ExperienceConfig = field(default_factory=ExperienceConfig)
+    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    log: GRPOLogConfig = field(default_factory=GRPOLogConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rewards:
+            raise ValueError("rewards is empty: there is nothing to learn from")
+        if self.tokenizer == "characters":
+            raise ValueError("tokenizer characters is made of training text, and prompts are none: give a folder")
+        if self.rollout.completions < 2 and self.experience.scale_rewards != "batch":
+            raise ValueError(
+                f"rollout.completions {self.rollout.completions} leaves nothing to compare a completion with"
             )

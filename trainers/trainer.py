@@ -3,7 +3,7 @@
 import abc
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from trainers.metrics import Throughput
 from utils.shapes import Array
-from utils.sharding import batch_spec
+from utils.sharding import batch_spec, mesh_of
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _GROWTH_INTERVAL = 2000  # updates without overflow after which the loss scale doubles
@@ -116,9 +116,16 @@ class Trainer(abc.ABC):
     def loss(self, model: Any, batch: Any, key: Array | None) -> Loss:
         """The loss of a batch, a pure function. `key` is for dropout and the like; None in evaluation."""
 
-    def prepare(self, state: TrainState, batch: Any) -> Any:
-        """What the step gets to see of what the data gave; outside of jit, so it may run the model."""
-        return batch
+    def prepare(
+        self, state: TrainState, batches: Iterator[Any], throughput: Throughput
+    ) -> tuple[Any, Mapping[str, float]] | None:
+        """The batch of the next step and metrics of its making, from as much of the data as it takes; None at its end.
+
+        Outside of jit, so it may run the model. `throughput` is told what the time goes to.
+        """
+        with throughput.waiting():
+            batch = next(batches, None)
+        return None if batch is None else (batch, {})
 
     def init(self, model: nnx.Module, key: Array) -> TrainState:
         """The state at the beginning. Optimizer state lies on the mesh as the parameters that it belongs to.
@@ -136,7 +143,7 @@ class Trainer(abc.ABC):
             scale = LossScale(value=jnp.float32(2.0**16), good_updates=jnp.int32(0))
         scalars = dict(step=jnp.int32(0), key=key, skipped=jnp.int32(0), loss_scale=scale)
         if shardings is not None:  # where the first step leaves them, else the second one would be compiled anew
-            everywhere = NamedSharding(_mesh_of(trained), PartitionSpec())
+            everywhere = NamedSharding(mesh_of(trained), PartitionSpec())
             scalars = jax.jit(lambda x: x, out_shardings=everywhere)(scalars)
         opt_state = jax.jit(self.optimizer.init, out_shardings=shardings)(trained)
         return TrainState(model=model, opt_state=opt_state, **scalars)
@@ -148,7 +155,7 @@ class Trainer(abc.ABC):
 
     @functools.cached_property
     def _sums(self) -> Callable[[nnx.Module, Any], Loss]:
-        return jax.jit(lambda model, batch: self.loss(_cast(model, self.compute_dtype), batch, None))
+        return jax.jit(lambda model, batch: self.loss(cast(model, self.compute_dtype), batch, None))
 
     def fit(
         self,
@@ -159,24 +166,27 @@ class Trainer(abc.ABC):
         observers: Iterable[Observer] = (),
         throughput: Throughput | None = None,
     ) -> TrainState:
-        """Train until `num_steps` steps are done in all, the batches end, or an observer returns true."""
+        """Train until `num_steps` steps are done in all, the batches end, or an observer returns true.
+
+        Observers get the metrics of the step along with those of `prepare`.
+        """
         batches = iter(batches)
-        place = _placement(state.model)
+        place = placement(state.model)
         throughput = throughput or Throughput()
         for step in range(int(state.step) + 1, num_steps + 1):
-            with throughput.waiting():
-                batch = next(batches, None)
-            if batch is None:
+            prepared = self.prepare(state, batches, throughput)
+            if prepared is None:
                 break
-            state, metrics = self.step(state, place(self.prepare(state, batch)))
-            wishes = [observe(step, state, metrics) for observe in observers]
+            batch, own = prepared
+            state, metrics = self.step(state, place(batch))
+            wishes = [observe(step, state, {**metrics, **own}) for observe in observers]
             if any(wishes):
                 break
         return state
 
     def evaluate(self, model: nnx.Module, batches: Iterable[Any]) -> dict[str, float]:
         """Means over all the batches together: `loss`, the metrics, and the `weight` that the loss was divided by."""
-        place = _placement(model)
+        place = placement(model)
         total: dict[str, np.ndarray] = {}
         for batch in batches:
             loss = self._sums(model, place(batch))
@@ -192,7 +202,7 @@ class Trainer(abc.ABC):
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
 
         def scaled_sum(trained: nnx.State, batch: Any, key: Array) -> tuple[Array, Loss]:
-            loss = self.loss(_cast(nnx.merge(graph, trained, frozen), self.compute_dtype), batch, key)
+            loss = self.loss(cast(nnx.merge(graph, trained, frozen), self.compute_dtype), batch, key)
             return loss.sum * scale, loss
 
         key = jax.random.fold_in(state.key, state.step)
@@ -237,26 +247,37 @@ def _accumulate(
     if num_steps == 1:
         return gradient(trained, batch, key)
 
-    def cut(x: Array) -> Array:
-        if x.shape[0] % num_steps:
-            raise ValueError(f"a batch of {x.shape[0]} rows cannot be cut evenly into {num_steps} micro-batches")
-        return x.reshape(x.shape[0] // num_steps, num_steps, *x.shape[1:]).swapaxes(0, 1)
-
     def add(sums: Any, inputs: tuple[Any, Array]) -> tuple[Any, None]:
         return jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, gradient(trained, *inputs)), None
 
-    inputs = (jax.tree.map(cut, batch), jax.random.split(key, num_steps))
+    inputs = (cut(batch, num_steps), jax.random.split(key, num_steps))
     first = jax.tree.map(lambda x: x[0], inputs)
     shapes = jax.eval_shape(gradient, trained, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
     return jax.lax.scan(add, zeros, inputs)[0]
 
 
+def cut(batch: Any, num_pieces: int) -> Any:
+    """A batch as a stack of micro-batches; micro-batch i has rows i, i + num_pieces, …"""
+
+    def own(x: Array) -> Array:
+        if x.shape[0] % num_pieces:
+            raise ValueError(f"a batch of {x.shape[0]} rows cannot be cut evenly into {num_pieces} micro-batches")
+        return x.reshape(x.shape[0] // num_pieces, num_pieces, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(own, batch)
+
+
+def joined(pieces: Any) -> Any:
+    """The batch that `cut` was given."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), pieces)
+
+
 def _mean(total: Array, weight: Array) -> Array:
     return total / weight
 
 
-def _cast(model: nnx.Module, dtype: np.dtype | None) -> nnx.Module:
+def cast(model: nnx.Module, dtype: np.dtype | None) -> nnx.Module:
     """The model with floating-point parameters in that dtype, None for as they are."""
     if dtype is None:
         return model
@@ -277,18 +298,12 @@ def _next_scale(scale: LossScale | None, good: Array) -> LossScale | None:
     )
 
 
-def _mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that arrays lie on, or None."""
-    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
-    return next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
-
-
 def _shardings_like(opt_state: Any, trained: Any) -> Any:
     """Shardings of optimizer state: that of the parameter with the same path and shape, else whole on each device.
 
     None, which leaves it to jax, without a mesh.
     """
-    mesh = _mesh_of(trained)
+    mesh = mesh_of(trained)
     if mesh is None:
         return None
     parameters = [(_keys(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trained)]
@@ -307,9 +322,9 @@ def _keys(path: tuple) -> tuple[str, ...]:
     return tuple(str(key) for key in path)
 
 
-def _placement(model: nnx.Module) -> Callable[[Any], Any]:
+def placement(model: nnx.Module) -> Callable[[Any], Any]:
     """How this process's rows of a batch become arrays: cut over the mesh of the model, if it lies on one."""
-    mesh = _mesh_of(model)
+    mesh = mesh_of(model)
     if mesh is None:
         return lambda batch: batch
     sharding = NamedSharding(mesh, batch_spec(mesh))

@@ -90,8 +90,6 @@ def _cudnn_limits(q_BTNH: Array, k_BSKH: Array, mask: Mask) -> str | None:
         return f"cuDNN attention takes bfloat16 or float16, not {q_BTNH.dtype}"
     if H % 8 or H > 128:
         return f"cuDNN attention takes head sizes that are multiples of 8 up to 128, not {H}"
-    if T % 2 or S % 2:
-        return f"cuDNN attention has a gradient for even lengths alone, not for {T} queries and {S} keys"
     if (mask.query_segments_BT is not None or _is_shifted(mask)) and B * T * S > _DRAWN:
         return f"cuDNN attention would need a mask of {B} x {T} x {S} in memory, which is more than {_DRAWN}"
     return None
@@ -103,10 +101,15 @@ def _is_shifted(mask: Mask) -> bool:
 
 
 def _attend_cudnn(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, scale: float | None) -> Array:
-    """What cuDNN cannot be told it gets drawn, as a bias of [B, 1, T, S]: documents, queries behind other keys."""
+    """What cuDNN cannot be told it gets drawn, as a bias of [B, 1, T, S]: documents, queries behind other keys.
+
+    It has a gradient for even lengths alone: odd ones get a place more, which no query reads.
+    """
     if reason := _cudnn_limits(q_BTNH, k_BSKH, mask):
         raise ValueError(reason)
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    if T % 2 or S % 2:
+        return _attend_cudnn(*_evened(q_BTNH, k_BSKH, v_BSKH, mask), scale)[:, :T]
     drawn_BTS = query_length_B = None
     if _is_shifted(mask):
         drawn_BTS, mask = mask.draw(T, S), Mask(causal=False)
@@ -126,6 +129,22 @@ def _attend_cudnn(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, scale
         local_window_size=None if mask.window is None else (mask.window - 1, 0),
         implementation="cudnn",
     )
+
+
+def _evened(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask) -> tuple[Array, Array, Array, Mask]:
+    """Zeros behind an odd number of queries or keys, and a mask that hides the keys."""
+    (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
+    q_BTNH, k_BSKH, v_BSKH = (
+        jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH)
+    )
+    if mask.query_segments_BT is not None:
+        query_BT = jnp.pad(mask.query_segments_BT, ((0, 0), (0, T % 2)), mode="edge")
+        key_BS = jnp.pad(mask.key_segments_BS, ((0, 0), (0, S % 2)), mode="edge")
+        mask = replace(mask, query_segments_BT=query_BT, key_segments_BS=key_BS)
+    unread = mask.causal and not _is_shifted(mask) and T <= S  # no real query is as far as the key behind
+    if S % 2 and mask.key_length_B is None and not unread:
+        mask = replace(mask, key_length_B=jnp.full(B, S, jnp.int32))
+    return q_BTNH, k_BSKH, v_BSKH, mask
 
 
 def _splash_limits(q_BTNH: Array, k_BSKH: Array, mask: Mask) -> str | None:

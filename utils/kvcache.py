@@ -15,16 +15,19 @@ from utils.shapes import Array, Bool, DTypeLike, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys (rotated) and values, [L, B, K, S, H], and how many slots of each row are filled, int32 [B]."""
+    """Keys (rotated) and values, [L, B, K, S, H], and how many slots of each row are filled, int32 [B].
 
-    k_LBKSH: Array
-    v_LBKSH: Array
+    Keys and values may be tuples of arrays [B, K, S, H] instead, one for each layer: see `split`.
+    """
+
+    k_LBKSH: Array | tuple[Array, ...]
+    v_LBKSH: Array | tuple[Array, ...]
     length_B: Array
 
     @property
     def capacity(self) -> int:
         """Slots in each row."""
-        return self.k_LBKSH.shape[3]
+        return jax.tree.leaves(self.k_LBKSH)[0].shape[-2]
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +65,11 @@ def write(
     slots_BT = cache.length_B[:, None] + jnp.arange(T)
     rows_BT = jnp.arange(B)[:, None]
 
-    def put(stored_LBKSH: Array, new_BTKH: Array) -> Array:
+    def put(stored_LBKSH: Array | tuple[Array, ...], new_BTKH: Array) -> Array | tuple[Array, ...]:
+        if isinstance(stored_LBKSH, tuple):
+            own_BKSH = stored_LBKSH[layer].at[rows_BT, :, slots_BT]
+            own_BKSH = own_BKSH.set(new_BTKH.astype(stored_LBKSH[layer].dtype), mode="drop", unique_indices=True)
+            return (*stored_LBKSH[:layer], own_BKSH, *stored_LBKSH[layer + 1 :])
         new_BTKH = new_BTKH.astype(stored_LBKSH.dtype)
         return stored_LBKSH.at[layer, rows_BT, :, slots_BT].set(new_BTKH, mode="drop", unique_indices=True)
 
@@ -71,6 +78,8 @@ def write(
 
 def read(cache: KVCache, layer: Array | int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """k_BSKH and v_BSKH of one layer, empty slots included: the mask must leave those out."""
+    if isinstance(cache.k_LBKSH, tuple):
+        return cache.k_LBKSH[layer].swapaxes(1, 2), cache.v_LBKSH[layer].swapaxes(1, 2)
     k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
     v_BKSH = jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
     return k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
@@ -109,6 +118,24 @@ def resize(cache: KVCache, capacity: int) -> KVCache:
         return jnp.pad(stored_LBKSH, ((0, 0),) * 3 + ((0, extra), (0, 0)))
 
     return replace(cache, k_LBKSH=fit(cache.k_LBKSH), v_LBKSH=fit(cache.v_LBKSH))
+
+
+def split(cache: KVCache) -> KVCache:
+    """The same with each layer's keys and values in arrays of their own, for a program that names layers by number."""
+    return replace(cache, k_LBKSH=tuple(cache.k_LBKSH), v_LBKSH=tuple(cache.v_LBKSH))
+
+
+def put_back(cache: KVCache, part: KVCache) -> KVCache:
+    """The cache with its first slots, and its lengths, taken from `part`, which may be split and have fewer slots."""
+
+    def put(stored_LBKSH: Array, part_LBKSH: Array | tuple[Array, ...]) -> Array:
+        part_LBKSH = jnp.stack(part_LBKSH) if isinstance(part_LBKSH, tuple) else part_LBKSH
+        if part_LBKSH.shape == stored_LBKSH.shape:
+            return part_LBKSH
+        return jax.lax.dynamic_update_slice(stored_LBKSH, part_LBKSH, (0,) * stored_LBKSH.ndim)
+
+    k_LBKSH, v_LBKSH = put(cache.k_LBKSH, part.k_LBKSH), put(cache.v_LBKSH, part.v_LBKSH)
+    return KVCache(k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH, length_B=part.length_B)
 
 
 def num_bytes(cache: KVCache) -> int:

@@ -4,7 +4,10 @@ Letters as in `utils.ops`. Mesh axes are called `data`, `fsdp`, `tensor` and `se
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # The mesh axis over which a parameter's dimension is cut; None keeps it whole.
@@ -54,3 +57,34 @@ def named_sharding(letters: str, shape: Sequence[int], mesh: Mesh) -> NamedShard
 def batch_spec(mesh: Mesh) -> PartitionSpec:
     """Rows are cut over the mesh axes `data` and `fsdp`, as far as the mesh has them."""
     return PartitionSpec(tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names) or None)
+
+
+def keep_rows(x: jax.Array) -> jax.Array:
+    """Inside of a compiled function: x with its first axis cut over the mesh of `jax.set_mesh` as rows of a batch are.
+
+    Without such a mesh, and where the rows cannot be cut evenly, x as it is, and left to the compiler: it may cut the
+    model axis instead, as the embeddings are, and then gather all rows for each attention.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = batch_spec(mesh)
+    devices = int(np.prod([mesh.shape[name] for name in spec[0] or ()], dtype=int))
+    return x if x.shape[0] % devices else jax.lax.with_sharding_constraint(x, spec)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that arrays lie on, or None."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
+
+
+def place_rows(x: Any, mesh: Mesh | None, *, axis: int = 0) -> Any:
+    """An array of rows along `axis`, cut over the mesh as rows of a batch are; whole on each device where they cannot
+    be cut evenly, and as it is without a mesh."""
+    if mesh is None:
+        return x
+    rows = batch_spec(mesh)[0] or ()
+    devices = int(np.prod([mesh.shape[name] for name in rows], dtype=int))
+    spec = PartitionSpec(*[None] * axis, rows) if x.shape[axis] % devices == 0 else PartitionSpec()
+    return jax.device_put(x, NamedSharding(mesh, spec))

@@ -21,6 +21,7 @@ from utils.kvcache import KVCache, Prefix
 from utils.ops import LowRank, add_bias, contract, dropout, embed, feed_forward, rms_norm, rotate
 from utils.rope import rope_angles
 from utils.shapes import Array, DTypeLike, Float, Int
+from utils.sharding import keep_rows
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,7 @@ class LLaMa(nnx.Module):
         from_empty: bool = False,
         prefix: Prefix | None = None,
         keep_prefix: bool = False,
+        blocks: tuple[TransformerBlock, ...] | None = None,
         implementation: str = "auto",
         remat: str = "none",
         dropout_rate: float = 0.0,
@@ -266,6 +268,9 @@ class LLaMa(nnx.Module):
         of each row then. B rows go on from a `prefix` of fewer rows, B / C, side by side: C rows from its first, C from
         its second, and so on. Gradients flow into it.
 
+        With `blocks`, see `split_blocks`, and a cache that is split likewise, layers are gone through one by one
+        instead of by the scan, whose body takes copies of a layer's arrays on some backends. For inference.
+
         For training: `remat` says what the backward pass finds stored, a key of `REMAT`. With a `key`, dropout is on,
         of a share `dropout_rate` of the embeddings and of what each layer adds to the residual stream, and that of the
         adapters.
@@ -275,6 +280,8 @@ class LLaMa(nnx.Module):
         B, T = tokens_BT.shape
         if cache is not None and segments_BT is not None:
             raise ValueError("segments_BT and a cache do not go together: give each document a row of its own")
+        if blocks is not None and (cache is None or prefix is not None or keep_prefix):
+            raise ValueError("blocks go with a cache, without a prefix")
         if prefix is not None and (cache is not None or segments_BT is not None or B % prefix.real_BS.shape[0]):
             raise ValueError(
                 f"{B} rows cannot go on from a prefix of {prefix.real_BS.shape[0]} evenly, without cache and segments"
@@ -314,13 +321,23 @@ class LLaMa(nnx.Module):
 
         before = None if prefix is None else (prefix.k_LBSKH, prefix.v_LBSKH)
         layers = (self.blocks, jnp.arange(c.num_layers), _mixed_windows(c), before)
-        x_BTD = _Noise(key, dropout_rate).drop(embed(tokens_BT, self.embed_VD[...]), "embedding")
-        (x_BTD, cache), kept = REMAT[remat](layer, (x_BTD, cache), layers, c.num_layers)
+        x_BTD = _Noise(key, dropout_rate).drop(keep_rows(embed(tokens_BT, self.embed_VD[...])), "embedding")
+        if blocks is None:
+            (x_BTD, cache), kept = REMAT[remat](layer, (x_BTD, cache), layers, c.num_layers)
+        else:
+            for index, block in enumerate(blocks):
+                window = None if layers[2] is None else layers[2][index]
+                (x_BTD, cache), _ = layer((x_BTD, cache), (block, index, window, None))
         x_BTD = rms_norm(x_BTD, self.norm_D[...], eps=c.rms_norm_eps)
         if keep_prefix:
             real_BS = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
             return x_BTD, Prefix(k_LBSKH=kept[0], v_LBSKH=kept[1], real_BS=real_BS)
         return x_BTD, None if cache is None else kvcache.advance(cache, count_B)
+
+    def split_blocks(self) -> tuple[TransformerBlock, ...]:
+        """The blocks with arrays of their own, without the layer axis: what `hidden` takes as `blocks`."""
+        leaves, structure = jax.tree.flatten(self.blocks)
+        return tuple(structure.unflatten(own) for own in zip(*leaves))
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, float32 [B, T, V], of hidden states."""

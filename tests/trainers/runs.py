@@ -10,15 +10,24 @@ import jax
 import numpy as np
 
 from data.characters import write_character_tokenizer
+from inference.rollout import sampler
+from trainers.grpo_recipe import GRPORecipe
+from trainers.grpo_trainer import GRPOTrainer
+from trainers.language_model_recipe import LanguageModelRecipe
 from trainers.pretrain_trainer import PretrainTrainer
 from trainers.run import prepare, train
-from trainers.settings import RunConfig
 from trainers.sft_trainer import SFTTrainer
 from trainers.trainer import TrainState
 from utils.settings import load_settings
 
-TRAINERS = {"pretrain": PretrainTrainer, "sft": SFTTrainer}
-CLOCK = ("tokens_per_second", "step_seconds", "data_wait", "peak_memory_bytes", "mfu")  # never the same twice
+RECIPES = {
+    "pretrain": LanguageModelRecipe(PretrainTrainer),
+    "sft": LanguageModelRecipe(SFTTrainer),
+    "grpo": GRPORecipe(GRPOTrainer, sampler),
+}
+# Never the same twice, and those that begin so.
+CLOCK = ("tokens_per_second", "step_seconds", "data_wait", "peak_memory_bytes", "mfu", "rollout_tokens_per_second")
+CLOCKS = ("time/", "memory/")
 _WORDS = ("cat", "dog", "hill", "sun", "red", "blue", "sat", "ran", "on", "over", "the", "a", "to", "see", "and")
 
 
@@ -39,6 +48,51 @@ def tuning(folder: Path, **changes: str) -> dict[str, str]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_character_tokenizer([" ".join(_WORDS)], folder / "characters")
     return _flags(folder, "rows.jsonl", "best_fit", str(folder / "characters")) | changes
+
+
+def reinforcing(folder: Path, **changes: str) -> dict[str, str]:
+    """Flags of 9 steps of GRPO towards the letter a, with evaluation; 18 prompts: epochs end on the way."""
+    rows = [{"prompt": words(2, i), "answer": words(1, i)} for i in range(20)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_character_tokenizer([" ".join(_WORDS)], folder / "characters")
+    _give_an_end(folder / "characters")
+    flags = _flags(folder, "prompts.jsonl", "", str(folder / "characters"))
+    for key in ("data.sequence_length", "data.packing", "data.cache_dir", "loss.dropout"):
+        del flags[key]
+    return (
+        flags
+        | {
+            "model.changes": "{num_layers: 1, hidden_size: 16, intermediate_size: 16, num_heads: 2, num_kv_heads: 1, "
+            "head_dim: 8, max_position_embeddings: 32}",
+            "data.max_prompt_length": "16",
+            "rollout.max_completion_length": "6",
+            "rollout.completions": "4",
+            "rewards": "[{function: 'tests.trainers.runs:share_of_a', name: a}]",
+            "trainer.steps": "9",
+            "trainer.batch_size": "2",
+            "trainer.accumulation_steps": "1",
+            "trainer.learning_rate": "1e-2",
+            "log.completions_every": "3",
+        }
+        | changes
+    )
+
+
+def _give_an_end(folder: Path) -> None:
+    """Two tokens more, either of which ends a text."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    first = len(tokenizer["model"]["vocab"])
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    ends = [{"id": first + i, "content": name, **plain} for i, name in enumerate(("<end>", "<stop>"))]
+    path.write_text(json.dumps(tokenizer | {"added_tokens": ends}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [first, first + 1]}))
+
+
+def share_of_a(completions, **_) -> list[float]:
+    """A reward."""
+    return [text.count("a") / 6 for text in completions]
 
 
 def _flags(folder: Path, data: str, packing: str, tokenizer: str) -> dict[str, str]:
@@ -95,8 +149,8 @@ def go(
     said: list | None = None,
 ) -> TrainState:
     """Run in this process, up to and with the step `stop_at` of those done here."""
-    config = load_settings(RunConfig, None, flags)
-    run = prepare(command, TRAINERS[command], config, resume=resume, cache_dir="not used")
+    config = load_settings(RECIPES[command].config, None, flags)
+    run = prepare(command, RECIPES[command], config, resume=resume, cache_dir="not used")
     interrupted = (lambda: False) if stop_at is None else Told(stop_at)
     return train(run, resume=resume, interrupted=interrupted, say=(said if said is not None else []).append)
 
@@ -113,7 +167,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """The records without what the clock and the memory say."""
-    return [{key: value for key, value in row.items() if key not in CLOCK} for row in metrics(folder)]
+    clock = [key for row in metrics(folder) for key in row if key in CLOCK or key.startswith(CLOCKS)]
+    return [{key: value for key, value in row.items() if key not in clock} for row in metrics(folder)]
+
+
+def completions(folder: Path) -> list[dict[str, Any]]:
+    """The records of completions.jsonl."""
+    return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
 
 
 def same(a: Any, b: Any) -> bool:

@@ -33,6 +33,35 @@ def test_rates_are_of_all_steps_since_the_last_report(clock):
     assert timer.report() == {"tokens_per_second": 5.0, "step_seconds": 2.0, "data_wait": 0.0, "mfu": 0.05}
 
 
+def test_sections_are_parts_of_a_step_and_the_rest_is_training(clock):
+    timer = Throughput(clock=clock)
+    for _ in range(2):
+        with timer.waiting():
+            clock.turn(1.0)
+        with timer.section("rollout"):
+            clock.turn(4.0)
+        with pytest.raises(KeyError), timer.section("rewards"):
+            clock.turn(0.5)
+            raise KeyError
+        with timer.section("rollout"):
+            clock.turn(1.0)
+        clock.turn(2.0)
+        with timer.paused():
+            clock.turn(30.0)
+        timer.add_step(tokens=17)
+    assert timer.report() == {
+        "tokens_per_second": 2.0,
+        "step_seconds": 8.5,
+        "data_wait": 2 / 17,
+        "time/rollout": 5.0,
+        "time/rewards": 0.5,
+        "time/train": 2.0,
+    }
+    clock.turn(1.0)
+    timer.add_step(tokens=1)
+    assert not any(name.startswith("time/") for name in timer.report())  # of steps without
+
+
 def test_pauses_are_not_counted(clock):
     timer = Throughput(clock=clock)
     clock.turn(2.0)

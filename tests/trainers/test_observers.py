@@ -146,12 +146,12 @@ def test_patience(losses, end):
 def test_patience_goes_on_where_it_stood():
     evaluate, _ = evaluator([3, 4], patience=2)
     steps(evaluate, range(1, 5), lambda step: {"loss": 1.0})
-    assert not evaluate.stopped and evaluate.state() == {"best": 3, "waited": 1}
+    assert not evaluate.stopped and evaluate.state() == {"best": 3, "waited": 1, "due": None}
     later, _ = evaluator([3.5], patience=2)
     later.restore(evaluate.state())
     assert steps(later, range(5, 7), lambda step: {"loss": 1.0}) == [False, True]
     fresh, _ = evaluator([3.5], patience=2)
-    assert fresh.state() == {"best": None, "waited": 0}
+    assert fresh.state() == {"best": None, "waited": 0, "due": None}
     fresh.restore(fresh.state())
     assert steps(fresh, range(5, 7), lambda step: {"loss": 1.0}) == [False, False]
 
@@ -196,7 +196,7 @@ def saver(
 ) -> Saver:
     return Saver(
         checkpoints,
-        Place(),
+        {"loader": Place()} | ({} if evaluate is None else {"evaluator": evaluate}),
         evaluate,
         throughput or Throughput(),
         settings={"a": 1},
@@ -249,7 +249,32 @@ def test_saves_have_the_evaluation_of_their_step_and_the_end_of_patience_is_save
             break
     (first, data, _, none), (last, _, _, metrics) = checkpoints.saved
     assert (first, last) == (1, 4) and none == {} and metrics["validation/loss"] == 4.0
-    assert data["evaluator"] == {"best": None, "waited": 0}
+    assert data["evaluator"] == {"best": None, "waited": 0, "due": None}
+
+
+def test_a_rescue_saves_the_last_step_that_was_done_once():
+    class Once(Checkpoints):
+        def due(self, step, *, last=False):
+            return super().due(step, last=last) and all(step != own for own, *_ in self.saved)
+
+    checkpoints = Once(set())
+    save = saver(checkpoints, lambda: False)
+    assert save.rescue() is None and not checkpoints.saved
+    save.remember(3, None, {})
+    assert [save.rescue(), save.rescue()] == [3, 3] and [step for step, *_ in checkpoints.saved] == [3]
+
+
+def test_an_evaluation_that_fails_is_due_until_it_is_done():
+    evaluate, _ = evaluator([], patience=2)  # has nothing to give
+    with pytest.raises(StopIteration):
+        steps(evaluate, range(1, 5), lambda step: {"loss": 1.0})
+    step = evaluate.due
+    assert step is not None and step > 1
+    later, lines = evaluator([3.0], patience=2)
+    later.restore(evaluate.state())
+    assert later.due == step
+    later.evaluate(later.due, None)
+    assert later.due is None and lines.rows[-1][0] == step
 
 
 def test_bad_steps_in_a_row_end_training():

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from models.llama import load_pretrained, load_tokenizer
-from tests.trainers.runs import TRAINERS, go, metrics, numbers, pretraining, same, tuning, words
+from tests.trainers.runs import RECIPES, go, metrics, numbers, pretraining, same, tuning, words
 from trainers.checkpoints import Checkpointer
 from trainers.export import export, restore_model
 from trainers.observers import RunError
+from trainers.pretrain_trainer import PretrainTrainer
 from trainers.run import prepare
 from trainers.settings import RunConfig
 from trainers.sft_trainer import SFTTrainer
@@ -38,8 +39,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, comman
     flags = make(tmp_path, **changes)
     whole, cut = ({**flags, "output_dir": str(tmp_path / name)} for name in ("whole", "cut"))
     config = load_settings(RunConfig, None, whole)
-    run = prepare(command, TRAINERS[command], config, resume=False, cache_dir=tmp_path)
-    assert 30 < sum(map(len, run.datasets.train)) < 14 * 4  # an epoch ends on the way
+    run = prepare(command, RECIPES[command], config, resume=False, cache_dir=tmp_path)
+    assert 30 < sum(map(len, run.course.data.sources)) < 14 * 4  # an epoch ends on the way
 
     expected = go(command, whole)
     assert int(go(command, cut, stop_at=5).step) == 5  # between two evaluations and two regular saves
@@ -223,7 +224,7 @@ def test_an_option_that_is_refused_as_the_step_is_compiled_is_no_failure_on_the_
         raise ValueError("not on this device")
 
     with monkeypatch.context() as refused, pytest.raises(ValueError, match="not on this device"):
-        refused.setattr(TRAINERS["pretrain"], "loss", refuse)
+        refused.setattr(PretrainTrainer, "loss", refuse)
         go("pretrain", pretraining(tmp_path))
     monkeypatch.setattr(Checkpointer, "save", refuse)
     with pytest.raises(RunError, match="not on this device"):
@@ -295,8 +296,8 @@ def test_the_characters_of_an_attempt_that_failed_are_not_kept(tmp_path: Path):
 def test_epochs_become_steps(tmp_path: Path):
     flags = pretraining(tmp_path, **{"trainer.steps": "null", "trainer.epochs": "1.5"})
     config = load_settings(RunConfig, None, flags)
-    run = prepare("pretrain", TRAINERS["pretrain"], config, resume=False, cache_dir=tmp_path)
-    rows = len(run.datasets.train[0])
+    run = prepare("pretrain", RECIPES["pretrain"], config, resume=False, cache_dir=tmp_path)
+    rows = len(run.course.data.sources[0])
     assert run.num_steps == -(-3 * rows // 8)
 
 
@@ -306,8 +307,8 @@ def test_an_epoch_of_a_weighted_mixture_ends_with_the_first_of_its_sets(tmp_path
     flags = pretraining(tmp_path, **{"trainer.steps": "null", "trainer.epochs": "1"})
     flags["data.train"] = f"[{{path: {tmp_path}/a.txt, weight: 1}}, {{path: {tmp_path}/b.txt, weight: 1}}]"
     config = load_settings(RunConfig, None, flags)
-    run = prepare("pretrain", TRAINERS["pretrain"], config, resume=False, cache_dir=tmp_path)
-    few = min(map(len, run.datasets.train))
+    run = prepare("pretrain", RECIPES["pretrain"], config, resume=False, cache_dir=tmp_path)
+    few = min(map(len, run.course.data.sources))
     assert abs(run.num_steps - 2 * few / 4) <= 1
 
 
@@ -321,8 +322,8 @@ def test_what_the_user_says_is_never_learnt(tmp_path: Path):
     (tmp_path / "template.jinja").write_text(template)
     flags |= {"data.train": str(tmp_path / "chats.jsonl"), "data.chat_template": str(tmp_path / "template.jinja")}
     flags |= {"data.sequence_length": "128", "model.changes.max_position_embeddings": "128"}
-    run = prepare("sft", SFTTrainer, load_settings(RunConfig, None, flags), resume=False, cache_dir=tmp_path)
-    batch = next(run.loader)
+    run = prepare("sft", RECIPES["sft"], load_settings(RunConfig, None, flags), resume=False, cache_dir=tmp_path)
+    batch = next(run.course.data)
     users, learnt = (batch.segments_BT > 0) & (batch.weights_BT == 0), batch.weights_BT > 0
     assert users.sum() > 20 < learnt.sum()
 
@@ -336,7 +337,7 @@ def test_what_the_user_says_is_never_learnt(tmp_path: Path):
     here = gradients(batch.targets_BT)
     assert same(gradients(np.where(users, other, batch.targets_BT)), here)
     assert not same(gradients(np.where(learnt, other, batch.targets_BT)), here)
-    run.loader.close()
+    run.course.data.close()
 
 
 # Results.
@@ -347,16 +348,16 @@ def test_what_is_exported_is_the_state(tmp_path: Path):
     state = go("pretrain", flags, stop_at=9)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "text.txt").unlink()  # neither the data nor the folder's old place are needed
-    model, config, tokenizer = restore_model(TRAINERS, moved, None)
+    model, config, tokenizer = restore_model(RECIPES, moved, None)
     assert same(model, state.model) and config.trainer.steps == 14
     assert export(model, tmp_path / "out", tokenizer_path=tokenizer, base=None) == [tmp_path / "out" / "hf"]
     assert same(load_pretrained(tmp_path / "out" / "hf", dtype="float32"), state.model)
     assert load_tokenizer(tmp_path / "out" / "hf").decode(load_tokenizer(tokenizer).encode("red hill")) == "red hill"
 
-    older, *_ = restore_model(TRAINERS, moved, 4)
+    older, *_ = restore_model(RECIPES, moved, 4)
     assert not same(older, state.model)
     with pytest.raises(ValueError, match=r"no checkpoint of step 5, only of (2, )?4, 8, 9"):
-        restore_model(TRAINERS, moved, 5)
+        restore_model(RECIPES, moved, 5)
 
 
 def test_adapters_are_exported_beside_the_merged_model(tmp_path: Path):
@@ -368,7 +369,7 @@ def test_adapters_are_exported_beside_the_merged_model(tmp_path: Path):
     flags = tuning(tmp_path, tokenizer="null", **{"model.preset": "null", "model.changes": "{}"}, **LORA)
     flags |= {"model.checkpoint": str(tmp_path / "base" / "hf"), "trainer.learning_rate": "3e-2", "trainer.steps": "4"}
     state = go("sft", flags)
-    model, config, tokenizer = restore_model(TRAINERS, tmp_path / "run", None)
+    model, config, tokenizer = restore_model(RECIPES, tmp_path / "run", None)
     assert same(model, state.model)
     written = export(model, tmp_path / "run", tokenizer_path=tokenizer, base=config.model.checkpoint)
     assert written == [tmp_path / "run" / "hf", tmp_path / "run" / "adapter"]
@@ -387,11 +388,11 @@ def test_adapters_are_exported_beside_the_merged_model(tmp_path: Path):
 def test_a_network_without_a_hugging_face_architecture_is_trained_and_said_so(tmp_path: Path):
     flags = pretraining(tmp_path, **{"model.changes.gated": "false", "trainer.steps": "1"})
     config = load_settings(RunConfig, None, flags)
-    run = prepare("pretrain", TRAINERS["pretrain"], config, resume=False, cache_dir=tmp_path)
+    run = prepare("pretrain", RECIPES["pretrain"], config, resume=False, cache_dir=tmp_path)
     assert not run.exportable and "hf/ will not be written" in run.describe()[-1]
     go("pretrain", flags)
     with pytest.raises(ValueError, match="no architecture for this network"):
-        restore_model(TRAINERS, tmp_path / "run", None)
+        restore_model(RECIPES, tmp_path / "run", None)
 
 
 # Records.
@@ -455,7 +456,7 @@ def test_random_weights_come_from_the_seed(tmp_path: Path):
     config = load_settings(RunConfig, None, pretraining(tmp_path))
     other = replace(config, trainer=replace(config.trainer, seed=1))
     a, b, c = (
-        prepare("pretrain", TRAINERS["pretrain"], own, resume=False, cache_dir=tmp_path).model
+        prepare("pretrain", RECIPES["pretrain"], own, resume=False, cache_dir=tmp_path).model
         for own in (config, config, other)
     )
     assert same(a, b) and not same(a, c)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,12 @@ from flax import nnx
 from data.batch import Batch
 from models.llama import LLaMa, LlamaConfig, load_pretrained, save_pretrained
 from models.llama.lora import LoraConfig, add_lora
+from trainers.grpo_trainer import GRPOTrainer
 from trainers.language_model import LanguageModelConfig
 from trainers.optimizers import OptimizerConfig, make_optimizer
+from trainers.policy import PolicyBatch, PolicyConfig
 from trainers.pretrain_trainer import PretrainTrainer
+from trainers.rollouts import RolloutConfig
 from trainers.sft_trainer import SFTTrainer
 from trainers.trainer import Loss, LossScale, Trainer
 
@@ -116,15 +120,44 @@ def assert_near(one, other, tolerance=1e-5) -> None:
 
 # What every trainer promises. A new trainer gets an entry: how to make one, and a batch of rows of different weight.
 
-CONTRACT: dict[type[Trainer], tuple[Callable[..., Trainer], Callable[[int], Batch]]] = {
-    kind: (partial(kind, config=PLAIN), lambda seed: documents(*UNEVEN, seed=seed))
-    for kind in (PretrainTrainer, SFTTrainer)
+LANGUAGE_MODELS = (PretrainTrainer, SFTTrainer)
+CONTRACT: dict[type[Trainer], tuple[Callable[..., Trainer], Callable[[int], Any]]] = {
+    kind: (partial(kind, config=PLAIN), lambda seed: documents(*UNEVEN, seed=seed)) for kind in LANGUAGE_MODELS
 }
 NOISY = {kind: dict(config=replace(PLAIN, dropout=0.2)) for kind in CONTRACT}
 METRICS = {kind: {"nll", "accuracy", "entropy", "packing"} for kind in CONTRACT}
+WEIGHTS = dict.fromkeys(CONTRACT, "weights_BT")  # of the tokens of a batch
+
+
+def completions(seed: int = 0) -> PolicyBatch:
+    """Eight prompts with two completions each, of different lengths, and log-probabilities of other policies."""
+    random = np.random.default_rng(seed)
+    C, S, M = 2, 5, 6
+    shape = (B, C, M)
+    count_BC = random.integers(1, M + 1, (B, C))
+    count_BC[:2] = [[M, 1], [0, 2]]
+    near = [np.log(random.uniform(0.02, 0.04, shape)).astype(np.float32) for _ in range(2)]
+    return PolicyBatch(
+        prompts_BS=random.integers(0, NETWORK.vocab_size, (B, S), np.int32),
+        prompt_lengths_B=random.integers(1, S + 1, B).astype(np.int32),
+        completions_BCM=random.integers(0, NETWORK.vocab_size, shape, np.int32),
+        mask_BCM=(np.arange(M) < count_BC[..., None]).astype(np.float32),
+        advantages_BC=random.standard_normal((B, C)).astype(np.float32),
+        sampler_logprobs_BCM=near[0],
+        old_logprobs_BCM=near[1],
+    )
+
+
+CONTRACT[GRPOTrainer] = (
+    partial(GRPOTrainer, rollout=RolloutConfig(max_completion_length=6), policy=PolicyConfig(remat="none")),
+    completions,
+)
+METRICS[GRPOTrainer] = {"entropy", "sampler_logprob_diff", *(f"clip_ratio/{x}_mean" for x in ("low", "high", "region"))}
+WEIGHTS[GRPOTrainer] = "mask_BCM"
 STEP_METRICS = {"loss", "weight", "grad_norm", "learning_rate", "skipped"}
 
 every_trainer = pytest.mark.parametrize("kind", CONTRACT, ids=lambda kind: kind.__name__)
+every_noisy_trainer = pytest.mark.parametrize("kind", NOISY, ids=lambda kind: kind.__name__)
 
 
 @cache
@@ -133,8 +166,12 @@ def made(kind: type[Trainer], **options) -> Trainer:
     return CONTRACT[kind][0](**adamw(), **options)
 
 
-def batch_of(kind: type[Trainer], seed: int = 0) -> Batch:
+def batch_of(kind: type[Trainer], seed: int = 0) -> Any:
     return CONTRACT[kind][1](seed)
+
+
+def weight_of(kind: type[Trainer], batch: Any) -> float:
+    return getattr(batch, WEIGHTS[kind]).sum()
 
 
 def started(trainer: Trainer, model: nnx.Module | None = None, seed: int = 0):
@@ -158,13 +195,13 @@ def test_a_step_counts_reports_and_uses_up_its_state(kind):
         assert (int(state.step), int(state.skipped)) == (number + 1, 0)
     assert set(metrics) == METRICS[kind] | STEP_METRICS
     assert all(value.shape == () and np.isfinite(value) for value in metrics.values())
-    assert float(metrics["weight"]) == batch_of(kind, 2).weights_BT.sum()
+    assert float(metrics["weight"]) == weight_of(kind, batch_of(kind, 2))
     assert float(metrics["learning_rate"]) == pytest.approx(1e-2)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((first.model, first.opt_state)))
     assert trainer.step._cache_size() == 1, "a step compiles once"
 
 
-@every_trainer
+@every_noisy_trainer
 def test_the_same_key_gives_the_same_steps_and_another_key_other_noise(kind):
     trainer = CONTRACT[kind][0](**adamw(), **NOISY[kind])
 
@@ -182,7 +219,7 @@ def test_the_same_key_gives_the_same_steps_and_another_key_other_noise(kind):
     assert evaluated[0] == evaluated[1] == made(kind).evaluate(network(), [batch_of(kind)])["loss"]
 
 
-@every_trainer
+@every_noisy_trainer
 def test_no_key_is_no_noise(kind):
     trainer = CONTRACT[kind][0](**adamw(), **NOISY[kind])
     quiet, noisy = (jax.jit(trainer.loss)(network(), batch_of(kind), key) for key in (None, jax.random.key(0)))
@@ -207,7 +244,7 @@ def test_the_gradient_is_divided_by_the_weight_and_clipped(kind):
     trainer, rate = CONTRACT[kind][0](optax.sgd(1.0), max_grad_norm=None), 1.0
     model, batch = network(), batch_of(kind)
     gradient = jax.jit(jax.grad(lambda model: trainer.loss(model, batch, None).sum))(model)
-    weight = batch.weights_BT.sum()
+    weight = weight_of(kind, batch)
     got, metrics = trainer.step(started(trainer), batch)
     assert_near(got.model, jax.tree.map(lambda p, g: p - rate * g / weight, model, gradient), 1e-6)
     norm = float(optax.tree.norm(gradient)) / weight
@@ -219,22 +256,43 @@ def test_the_gradient_is_divided_by_the_weight_and_clipped(kind):
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5), "reported as it was"
 
 
+def others(padding: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Other values where there is padding."""
+    assert padding.any()
+    random = np.random.default_rng(5)
+    return np.where(padding, random.integers(0, NETWORK.vocab_size, x.shape), x).astype(x.dtype)
+
+
+def padded_documents(batch: Batch) -> tuple[Batch, Batch]:
+    padding = batch.segments_BT == 0
+    tokens_BT, targets_BT = others(padding, batch.tokens_BT), others(padding, batch.targets_BT)
+    longer = jax.tree.map(lambda x: np.pad(x, [(0, 0), (0, 5)]), batch)
+    return replace(batch, tokens_BT=tokens_BT, targets_BT=targets_BT), longer
+
+
+def padded_completions(batch: PolicyBatch) -> tuple[PolicyBatch, PolicyBatch]:
+    before = np.arange(batch.prompts_BS.shape[1]) < (batch.prompts_BS.shape[1] - batch.prompt_lengths_B)[:, None]
+    behind = batch.mask_BCM == 0
+    values = {name: getattr(batch, f"{name}_BCM") for name in ("completions", "sampler_logprobs", "old_logprobs")}
+    values = {f"{name}_BCM": x for name, x in values.items()}
+    changed = replace(
+        batch,
+        prompts_BS=others(before, batch.prompts_BS),
+        **{name: others(behind, x) for name, x in values.items()},
+    )
+    values["mask_BCM"] = batch.mask_BCM
+    longer = {name: np.pad(x, [(0, 0), (0, 0), (0, 3)]) for name, x in values.items()}
+    return changed, replace(batch, prompts_BS=np.pad(batch.prompts_BS, [(0, 0), (2, 0)]), **longer)
+
+
 @every_trainer
 def test_padding_never_counts(kind):
     trainer, batch = made(kind), batch_of(kind)
-    random = np.random.default_rng(5)
-    padding = batch.segments_BT == 0
-    assert padding.any()
-
-    def other(x):
-        return np.where(padding, random.integers(0, NETWORK.vocab_size, x.shape, np.int32), x)
-
-    changed = replace(batch, tokens_BT=other(batch.tokens_BT), targets_BT=other(batch.targets_BT))
+    changed, longer = (padded_completions if kind is GRPOTrainer else padded_documents)(batch)
     assert_same(trainer.step(started(trainer), batch), trainer.step(started(trainer), changed))
 
-    longer = jax.tree.map(lambda x: np.pad(x, [(0, 0), (0, 5)]), batch)
     one, two = (trainer.evaluate(network(), [b]) for b in (batch, longer))
-    assert two.pop("packing") < one.pop("packing")
+    assert two.pop("packing", 0) < one.pop("packing", 1)
     assert one == pytest.approx(two, rel=1e-6)
 
 
@@ -242,6 +300,8 @@ def test_padding_never_counts(kind):
 def test_evaluation_is_the_mean_over_all_weights(kind):
     trainer, model = made(kind), network()
     first, second = documents((12,), (2,)), documents((7, 5), (3, 9), (12,), (2, 3), seed=1)
+    if kind is GRPOTrainer:
+        first, second = jax.tree.map(lambda x: x[:2], completions()), completions(1)
     sums = [jax.jit(trainer.loss)(model, batch, None) for batch in (first, second)]
     got = trainer.evaluate(model, [first, second])
     assert set(got) == METRICS[kind] | {"loss", "weight"} and all(type(x) is float for x in got.values())
@@ -255,7 +315,7 @@ def test_evaluation_is_the_mean_over_all_weights(kind):
     with pytest.raises(ValueError, match="nothing to evaluate on"):
         trainer.evaluate(model, [])
     with pytest.raises(ValueError, match="nothing to evaluate on"):
-        trainer.evaluate(model, [replace(first, weights_BT=0 * first.weights_BT)])
+        trainer.evaluate(model, [replace(first, **{WEIGHTS[kind]: 0 * getattr(first, WEIGHTS[kind])})])
 
 
 @every_trainer
@@ -595,15 +655,18 @@ def test_fit_ends_after_its_steps_at_the_end_of_the_batches_and_where_an_observe
 
 def test_prepare_comes_before_the_step():
     class Scaled(RegressionTrainer):
-        def prepare(self, state, batch):
-            return batch | {"y_BV": batch["y_BV"] * float(state.model.weight_DV[0, 0])}
+        def prepare(self, state, batches, throughput):
+            batch, metrics = super().prepare(state, batches, throughput)
+            factor = float(state.model.weight_DV[0, 0])
+            return batch | {"y_BV": batch["y_BV"] * factor}, metrics | {"factor": factor}
 
     seen = []
     for kind, batch in ((Scaled, points()), (RegressionTrainer, points() | {"y_BV": 1.5 * points()["y_BV"]})):
         trainer = kind(optax.adam(0.1))
         state = trainer.init(jax.tree.map(lambda x: x + 0.5, Regression()), jax.random.key(0))
-        trainer.fit(state, [batch], num_steps=1, observers=[lambda step, state, m: seen.append(float(m["loss"]))])
-    assert seen[0] == seen[1]
+        trainer.fit(state, [batch], num_steps=1, observers=[lambda step, state, metrics: seen.append(metrics)])
+    assert float(seen[0]["loss"]) == float(seen[1]["loss"])
+    assert seen[0]["factor"] == 1.5 and "factor" not in seen[1], "observers get the metrics of preparing along"
 
 
 @pytest.mark.parametrize(

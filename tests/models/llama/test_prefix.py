@@ -14,7 +14,13 @@ from models.llama.presets import PRESETS
 PROMPTS, COPIES, NEW = (5, 9, 2), 3, 7
 S = 9
 SMALL = replace(
-    PRESETS["tiny"], num_layers=4, hidden_size=32, intermediate_size=48, vocab_size=61, head_dim=8, layer_windows=(None,) * 4
+    PRESETS["tiny"],
+    num_layers=4,
+    hidden_size=32,
+    intermediate_size=48,
+    vocab_size=61,
+    head_dim=8,
+    layer_windows=(None,) * 4,
 )
 NETWORKS = {
     "plain": SMALL,

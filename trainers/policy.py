@@ -1,0 +1,109 @@
+"""Completions of prompts under the policy: the batch that policy-gradient trainers learn from, its log-probabilities.
+
+Letters here: B rows, each a prompt with completions of it; C completions of a row; S places of a prompt; M tokens of a
+completion; N = B C.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from models.llama import LLaMa
+from trainers.token_log_probs import TokenLogProbs, token_log_probs
+from utils.shapes import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """How the model is run for log-probabilities: see `LLaMa.hidden` (remat, attention).
+
+    `prompts` "shared" runs each prompt once for all the completions of its row, which read its keys and values;
+    "repeated" runs it in front of each of them, in a row without gaps, as fused attention kernels need it. "auto" is
+    repeated on GPUs, shared elsewhere. The numbers are the same.
+    """
+
+    remat: Literal["none", "dots", "block", "everything"] = "dots"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    prompts: Literal["auto", "shared", "repeated"] = "auto"
+
+    @property
+    def shares_prompts(self) -> bool:
+        if self.prompts == "auto":
+            return jax.default_backend() != "gpu"
+        return self.prompts == "shared"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PolicyBatch:
+    """Completions with what is known of them. Leading axes are rows, which micro-batches and devices share out.
+
+    `prompts_BS` int32 is filled from the right, `prompt_lengths_B` counts its tokens, at least 1; `completions_BCM`
+    int32 is filled from the left. `mask_BCM`, float32, is 1 for the tokens that count, 0 behind the end and in
+    completions that are left out. `sampler_logprobs_BCM` are those that the tokens were drawn with; the others, None
+    where they are not needed, as in `trainers.policy_losses.policy_loss`.
+    """
+
+    prompts_BS: Array
+    prompt_lengths_B: Array
+    completions_BCM: Array
+    mask_BCM: Array
+    advantages_BC: Array
+    sampler_logprobs_BCM: Array
+    rollout_tokens_BC: Array | None = None
+    old_logprobs_BCM: Array | None = None
+    reference_logprobs_BCM: Array | None = None
+    weights_BCM: Array | None = None
+
+
+def completion_log_probs(
+    model: LLaMa, batch: PolicyBatch, *, temperature: float, config: PolicyConfig, key: Array | None = None
+) -> TokenLogProbs:
+    """Log-probabilities and entropies under softmax(logits / temperature) of all tokens of completions, [N, M].
+
+    With a `key` the dropout of adapters is on. Places behind the end of a completion hold some finite numbers.
+    """
+    hidden = _behind_shared if config.shares_prompts else _behind_repeated
+    x_NMD = hidden(model, batch, config, key)
+    N, M, _ = x_NMD.shape
+    targets_NM = batch.completions_BCM.reshape(N, M)
+    return token_log_probs(x_NMD, model.unembedding, targets_NM, temperature=temperature)
+
+
+def _behind_shared(model: LLaMa, batch: PolicyBatch, config: PolicyConfig, key: Array | None) -> Array:
+    """x_NMD that predict the completions: each prompt is run once, all completions behind it."""
+    B, C, M = batch.completions_BCM.shape
+    S = batch.prompts_BS.shape[1]
+    places_BS = jnp.arange(S) - (S - batch.prompt_lengths_B)[:, None]
+    options = dict(implementation=config.attention, remat=config.remat)
+    keys = (None, None) if key is None else jax.random.split(key)
+    x_BSD, prefix = model.hidden(
+        batch.prompts_BS,
+        positions_BT=jnp.maximum(places_BS, 0),
+        segments_BT=(places_BS >= 0).astype(jnp.int32),
+        keep_prefix=True,
+        key=keys[0],
+        **options,
+    )
+    x_N1D = jnp.repeat(x_BSD[:, -1:], C, axis=0)
+    if M == 1:
+        return x_N1D
+    tokens_NT = batch.completions_BCM.reshape(B * C, M)[:, :-1]
+    x_NTD, _ = model.hidden(tokens_NT, prefix=prefix, key=keys[1], **options)
+    return jnp.concatenate([x_N1D, x_NTD], axis=1)
+
+
+def _behind_repeated(model: LLaMa, batch: PolicyBatch, config: PolicyConfig, key: Array | None) -> Array:
+    """The same from rows of a prompt and one completion, without a gap; what is in front of the prompt goes behind."""
+    B, C, M = batch.completions_BCM.shape
+    S = batch.prompts_BS.shape[1]
+    prompts_NS = jnp.repeat(batch.prompts_BS, C, axis=0)
+    lengths_N1 = jnp.repeat(batch.prompt_lengths_B, C)[:, None]
+    tokens_NT = jnp.concatenate([prompts_NS, batch.completions_BCM.reshape(B * C, M)[:, :-1]], axis=1)
+    T = S + M - 1
+    tokens_NT = jnp.take_along_axis(tokens_NT, (jnp.arange(T) + S - lengths_N1) % T, axis=1)
+    x_NTD, _ = model.hidden(tokens_NT, implementation=config.attention, remat=config.remat, key=key)
+    predicting_NM = lengths_N1 - 1 + jnp.arange(M)
+    return jnp.take_along_axis(x_NTD, predicting_NM[..., None], axis=1)

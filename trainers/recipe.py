@@ -1,0 +1,78 @@
+"""What an algorithm brings to a run: the class of its settings, and what it makes of them."""
+
+import abc
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from jax.sharding import Mesh
+
+from models.llama import LLaMa, LlamaConfig
+from models.llama.tokenizer import Tokenizer
+from trainers.metrics import Throughput
+from trainers.settings import CommonConfig
+from trainers.trainer import Observer, Trainer, TrainState
+
+
+class Stateful(Protocol):
+    """Something whose place a checkpoint carries over, as JSON values."""
+
+    def state(self) -> Mapping[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Data(Stateful, Protocol):
+    """Batches of the training data, one after another."""
+
+    def __iter__(self) -> "Data": ...
+
+    def __next__(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """A run's trainer with its data; nothing has been trained yet.
+
+    `report` are lines on the data. `counted` wraps the data so that `Throughput` hears of tokens and FLOPs. `evaluate`
+    is None where there is nothing to validate on. `carried` is saved and restored beside the data. `observers` makes
+    those that the algorithm adds, of the run's output folder and the step that it goes on from (None: a new run).
+    """
+
+    trainer: Trainer
+    data: Data
+    num_steps: int
+    report: tuple[str, ...]
+    counted: Callable[[Data, Throughput], Iterable[Any]] = lambda data, throughput: data
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
+    carried: Mapping[str, Stateful] = field(default_factory=dict)
+    observers: Callable[[Path, int | None], tuple[Observer, ...]] = lambda folder, resume_step: ()
+
+
+class Recipe(abc.ABC):
+    """How an algorithm's runs are made."""
+
+    config: type[CommonConfig]
+
+    @abc.abstractmethod
+    def make_trainer(self, config: Any, num_steps: int) -> Trainer:
+        """The trainer alone: whose state a checkpoint of such a run holds."""
+
+    @abc.abstractmethod
+    def open(
+        self,
+        config: Any,
+        *,
+        tokenizer: Tokenizer,
+        tokenizer_path: Path,
+        llama: LlamaConfig,
+        mesh: Mesh,
+        cache_dir: str | Path,
+    ) -> Callable[[LLaMa], Course]:
+        """Open the data and check the settings; what is returned needs the model, which may be large.
+
+        Raises ValueError and OSError, in one line, for what is missing or does not fit together.
+        """

@@ -1,0 +1,47 @@
+"""How completions are drawn for training, and what a function that draws them is to return."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from models.llama import LLaMa
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """`completions` of each prompt, of up to `max_completion_length` tokens.
+
+    The filters are those of `sampling.SamplingParams`. Log-probabilities, and so the loss, are those of
+    softmax(logits / temperature) whatever the filters leave out.
+    """
+
+    max_completion_length: int
+    completions: int = 8
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_completion_length < 1 or self.completions < 1:
+            raise ValueError(
+                f"max_completion_length {self.max_completion_length} and completions {self.completions} must be "
+                "at least 1"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature} must be above 0: greedy completions are all the same")
+
+
+class Rollout(Protocol):
+    """Completions as arrays, rows side by side by prompt: `inference.rollout.Rollout`."""
+
+    tokens_BM: np.ndarray
+    count_B: np.ndarray
+    logprobs_BM: np.ndarray
+    stopped_B: np.ndarray
+
+
+# Of a model, prompts as token ids and a number for each prompt, from which the draws of its completions come.
+RollOut = Callable[[LLaMa, Sequence[Sequence[int]], Sequence[int]], Rollout]
