@@ -16,7 +16,7 @@ Ctrl-C  stops an answer and keeps the conversation"""
 
 def chat(
     *,
-    ckpt_dir: str,
+    ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     system: str | None = None,
     template: str | None = None,
@@ -40,7 +40,8 @@ def chat(
     When the context is full, the oldest questions and answers are dropped, and it is said so.
 
     Args:
-        ckpt_dir: Folder (or llama2.c file) of a checkpoint: Hugging Face, Meta or llama2.c.
+        ckpt_dir: Folder (or llama2.c file) of a checkpoint: Hugging Face, Meta or llama2.c. By default the model that
+            `make quickstart` has made.
         tokenizer_path: Tokenizer file or folder, where it is not in ckpt_dir.
         system: System message.
         template: Chat template, a file or one of llama2, llama3, chatml, qa; by default the checkpoint's own, else one

@@ -14,7 +14,7 @@ from utils.cli import UsageError
 
 def generate(
     *,
-    ckpt_dir: str,
+    ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     prompt: str | None = None,
     prompts_file: str | None = None,
@@ -46,7 +46,8 @@ def generate(
     nothing else does; progress and speed go to standard error.
 
     Args:
-        ckpt_dir: Folder (or llama2.c file) of a checkpoint: Hugging Face, Meta or llama2.c.
+        ckpt_dir: Folder (or llama2.c file) of a checkpoint: Hugging Face, Meta or llama2.c. By default the model that
+            `make quickstart` has made.
         tokenizer_path: Tokenizer file or folder, where it is not in ckpt_dir.
         prompt: The text to continue.
         prompts_file: A prompt a line, or JSON lines with "prompt" or "messages" (and "tools") each; - is standard

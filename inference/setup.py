@@ -15,10 +15,11 @@ from sampling import PRESETS, SamplingParams
 
 DEVICES = ("auto", "cpu", "gpu", "tpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUICKSTART = "runs/quickstart/grpo/hf"  # where `make quickstart` puts its model
 
 
-def load(ckpt_dir: str, tokenizer_path: str | None, *, dtype: str, device: str) -> tuple[LLaMa, Tokenizer]:
-    """The model on the device that was asked for, and its tokenizer.
+def load(ckpt_dir: str | None, tokenizer_path: str | None, *, dtype: str, device: str) -> tuple[LLaMa, Tokenizer]:
+    """The model on the device that was asked for, and its tokenizer; without a `ckpt_dir`, the quickstart's.
 
     Raises ValueError or OSError with what to do, for an absent device, a missing or broken file, a tokenizer with more
     tokens than the model has embeddings.
@@ -27,7 +28,11 @@ def load(ckpt_dir: str, tokenizer_path: str | None, *, dtype: str, device: str) 
         raise ValueError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
     choose_device(device)
     keep_compiled_programs()
-    path = Path(ckpt_dir)
+    path = Path(QUICKSTART if ckpt_dir is None else ckpt_dir)
+    if ckpt_dir is None and not path.exists():
+        raise FileNotFoundError(
+            f"no --ckpt_dir, and no {QUICKSTART} in this folder: `make quickstart` makes it in some minutes"
+        )
     if not path.exists():
         raise FileNotFoundError(f"--ckpt_dir {ckpt_dir}: no such folder or file")
     if tokenizer_path is not None and not Path(tokenizer_path).exists():

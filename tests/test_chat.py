@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import chat
+from inference import setup
 from models.llama import load_tokenizer
 from tests.inference.test_text import (
     THINKING,
@@ -56,11 +58,12 @@ def answering(tmp_path_factory, tokenizer) -> Path:
 def talk(capsys, monkeypatch) -> Callable[..., tuple[str, str]]:
     """Call the program with some lines on its standard input; returns standard output and standard error."""
 
-    def call(folder: Path, lines: str | bytes, *argv: str) -> tuple[str, str]:
+    def call(folder: Path | None, lines: str | bytes, *argv: str) -> tuple[str, str]:
         data = lines if isinstance(lines, bytes) else lines.encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         monkeypatch.setattr(sys, "argv", ["chat.py"])
-        cli.run(chat.chat, ["--ckpt_dir", str(folder), *argv])
+        place = [] if folder is None else ["--ckpt_dir", str(folder)]
+        cli.run(chat.chat, [*place, *argv])
         return tuple(capsys.readouterr())
 
     return call
@@ -239,6 +242,15 @@ def test_bad_checkpoints_and_bad_lines_are_one_line(talk, answering, capsys, tmp
         out, err = capsys.readouterr()
         assert (end.value.code, out) == (2, "")
         assert err.startswith(f"chat.py: {complaint}") and err.count("\n") == 1
+
+
+def test_without_a_checkpoint_it_takes_that_of_the_quickstart(talk, answering, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        talk(None, "hi\n")
+    assert end.value.code == 2 and "`make quickstart`" in capsys.readouterr().err
+    shutil.copytree(answering, tmp_path / setup.QUICKSTART)
+    assert talk(None, "hi\n") == ("Yes, wDo!\n", "")
 
 
 def test_what_a_template_refuses_is_said_and_the_talk_goes_on(talk, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 
 import generate
 from data.chat import CHAT_TEMPLATES, encode_chat
-from inference import text
+from inference import setup, text
 from inference.completion import Request
 from models.llama import load_pretrained, load_tokenizer
 from sampling import PRESETS, SamplingParams
@@ -477,13 +477,21 @@ def test_broken_checkpoints_are_one_line(mistake, folder, tmp_path, damage, comp
     assert mistake("--prompt", "a", ckpt_dir=copy).startswith(complaint.format(f=copy))
 
 
+def test_without_a_checkpoint_it_takes_that_of_the_quickstart(run, folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / setup.QUICKSTART)
+    monkeypatch.chdir(tmp_path)
+    assert run("--prompt", "rope", *SHORT, ckpt_dir=None) == run("--prompt", "rope", *SHORT)
+
+
 def test_a_tokenizer_of_another_network(mistake, tmp_path):
     folder = write_chat_checkpoint(tmp_path, model=following_model({}, 300))
     assert mistake("--prompt=a", ckpt_dir=folder).startswith("the tokenizer has 312 ids but the network only 300")
 
 
-def test_no_checkpoint_at_all(mistake, tmp_path):
-    assert mistake("--prompt=a", ckpt_dir=None) == "--ckpt_dir is required; see --help"
+def test_no_checkpoint_at_all(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    complaint = mistake("--prompt=a", ckpt_dir=None)
+    assert complaint.startswith("no --ckpt_dir, and no runs/quickstart/") and "`make quickstart`" in complaint
     (tmp_path / "note.txt").write_text("hello")
     assert mistake("--prompt=a", ckpt_dir=tmp_path / "note.txt").startswith(str(tmp_path / "note.txt"))
 

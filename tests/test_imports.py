@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "data": {"utils"},
     "inference": {"utils", "models", "sampling"},
     "trainers": {"utils", "models", "data"},
+    "quickstart": {"utils", "data", "trainers"},
 }
 ENTRIES = ("generate", "chat", "train", "evaluate", "serve")
 EVERYTHING = set(MAY_IMPORT)
