@@ -102,7 +102,6 @@ class Experience:
         self._loss, self._policy = loss or PolicyLossConfig(), policy or PolicyConfig()
         if self._loss.beta and reference is None:
             raise ValueError(f"beta {self._loss.beta} needs a reference model")
-        self._reference, self._dtype = reference, compute_dtype
         self._micro_batches, self._rows = micro_batches, rows
         self._weights_F = np.array([reward.weight for reward in self._rewards])
         self._waiting: list[PolicyBatch] = []
@@ -110,6 +109,7 @@ class Experience:
         self._prompts = self._tokens = 0  # drawn so far
         self._cast = jax.jit(lambda model: cast(model, compute_dtype))
         self._log_probs = jax.jit(self._all_log_probs)
+        self._reference = self._cast(reference) if isinstance(reference, nnx.Module) else reference
         self.groups: list[Group] = []
 
     @property
@@ -136,7 +136,7 @@ class Experience:
                     batches.restore(place)
                 raise
         batch = self._waiting.pop(0)
-        throughput.add_step(tokens=_num_tokens(batch))
+        throughput.add_step(tokens=self._num_tokens(batch))
         return batch, dict(self._metrics)
 
     def evaluate(self, model: nnx.Module, batches: Iterator[list[Prompt]], roll_out: RollOut) -> dict[str, float]:
@@ -260,7 +260,7 @@ class Experience:
         changes = {}
         if self._reference is not None:
             is_model = isinstance(self._reference, nnx.Module)
-            reference = self._cast(self._reference) if is_model else self._reference(policy)
+            reference = self._reference if is_model else self._reference(policy)
             changes["reference_logprobs_BCM"] = jax.device_get(self._log_probs(reference, placed)[0])
         if config.updates_per_rollout * config.epochs_per_rollout > 1 or config.top_entropy < 1:
             old_BCM, entropy_BCM = jax.device_get(self._log_probs(policy, placed))
@@ -283,10 +283,15 @@ class Experience:
 
         return joined(jax.lax.map(some, cut(batch, self._micro_batches)))
 
+    def _num_tokens(self, batch: PolicyBatch) -> int:
+        """Tokens of a batch that count, with each prompt once."""
+        rows_of_a_prompt = self._rollout.completions // batch.completions_BCM.shape[1]
+        return int(batch.prompt_lengths_B.sum()) // rows_of_a_prompt + int(batch.mask_BCM.sum())
+
     def _reward_metrics(self, groups: list[Group]) -> dict[str, float]:
         total_PC = np.stack([group.total_C for group in groups])
         rewards_NF = np.concatenate([group.rewards_CF for group in groups])
-        metrics = {"reward": _mean(total_PC), "reward_std": _mean(np.array([_std(own_C) for own_C in total_PC]))}
+        metrics = {"reward": _mean(total_PC), "reward_std": _std(total_PC)}
         for reward, values_N in zip(self._rewards, rewards_NF.T):
             metrics |= {f"rewards/{reward.name}/mean": _mean(values_N), f"rewards/{reward.name}/std": _std(values_N)}
         return metrics | {"frac_reward_zero_std": float(np.mean(~has_spread(total_PC)))}
@@ -365,10 +370,6 @@ def _pieces(prompts: int, completions: int, rows: int) -> int:
 
 def _size(length: int) -> int:
     return max(_SMALLEST, 1 << (length - 1).bit_length())
-
-
-def _num_tokens(batch: PolicyBatch) -> int:
-    return int(batch.prompt_lengths_B.sum() + batch.mask_BCM.sum())
 
 
 def _mean(values: np.ndarray) -> float:

@@ -151,7 +151,7 @@ def _reference(config: GRPORunConfig, model: LLaMa) -> LLaMa | Callable[[LLaMa],
         return None
     if config.lora is not None:
         return remove_lora
-    return jax.tree.map(jnp.copy, model)
+    return jax.tree.map(jnp.copy, model)  # the run's own arrays are used up by its first step
 
 
 def _check_length(config: GRPORunConfig, llama: LlamaConfig) -> None:

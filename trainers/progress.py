@@ -12,6 +12,7 @@ STYLES = ("auto", "bar", "lines", "silent")
 # Metrics that are shown, where they are written, and how.
 _SHOWN: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {value:.4f}",
+    "reward": lambda value: f"reward {value:.3f}",
     "tokens_per_second": lambda value: f"{_short(value)} tokens/s",
     "learning_rate": lambda value: f"lr {value:.2e}",
 }
@@ -26,10 +27,10 @@ class _Display(Protocol):
 
 
 class ProgressBar:
-    """Shows steps, time left, loss, tokens per second and learning rate. It is a `MetricWriter` too.
+    """Shows steps, time left, loss, reward if there is one, tokens per second, learning rate. A `MetricWriter` too.
 
     Call `advance` after every step: it looks at the clock, and draws no more than twice a second, as a line no more
-    than twice a minute. `write` keeps loss, tokens_per_second and learning_rate to show them from then on; it converts
+    than twice a minute. `write` keeps those of these metrics that it is given, to show them from then on; it converts
     them with float(), which waits for values of jax. The time left goes by the steps behind the first, which compiles.
     A terminal that goes away ends the display and not the training.
     """

@@ -108,7 +108,7 @@ def test_metrics_are_those_worked_out_by_hand():
     # letters: 1 3 | 2 - | 2 2; b: 0 0 | 1 1 | 0 1; together: 1 3 | 2.5 0.5 | 2 2.5
     values = {
         "reward": (1 + 3 + 2.5 + 0.5 + 2 + 2.5) / 6,
-        "reward_std": (math.sqrt(2) + math.sqrt(2) + math.sqrt(0.125)) / 3,
+        "reward_std": np.std([1, 3, 2.5, 0.5, 2, 2.5], ddof=1),
         "rewards/letters/mean": 10 / 5,
         "rewards/letters/std": math.sqrt((1 + 1 + 0 + 0 + 0) / 4),
         "rewards/b/mean": 3 / 6,

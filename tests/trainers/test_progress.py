@@ -40,13 +40,14 @@ def test_plain_lines_where_there_is_no_terminal():
     turn(300.0)  # compilation, which the time left does not go by
     bar.advance(1)
     assert stream.getvalue() == "step 1/1000 (0 %)\n"
-    bar.write(1, {"loss": jnp.float32(2.5), "tokens_per_second": 12_345.0, "learning_rate": 3e-4, "other": 1.0})
+    values = {"loss": jnp.float32(2.5), "tokens_per_second": 12_345.0, "learning_rate": 3e-4, "other": 1.0}
+    bar.write(1, values | {"reward": 0.25})
     for step in range(2, 31):
         turn(2.0)
         bar.advance(step)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2  # steps 1 and 16, thirty seconds later
-    assert lines[1] == "step 16/1000 (1 %) · loss 2.5000 · 12.3k tokens/s · lr 3.00e-04 · 0:32:48 left"
+    assert lines[1] == "step 16/1000 (1 %) · loss 2.5000 · reward 0.250 · 12.3k tokens/s · lr 3.00e-04 · 0:32:48 left"
     bar.close()
     assert stream.getvalue().splitlines()[2].startswith("step 30/1000 (3 %) · loss 2.5")
 
