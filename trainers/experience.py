@@ -285,7 +285,8 @@ class Experience:
 
     def _num_tokens(self, batch: PolicyBatch) -> int:
         """Tokens of a batch that count, with each prompt once."""
-        rows_of_a_prompt = self._rollout.completions // batch.completions_BCM.shape[1]
+        # A run may have been resumed with fewer completions than the batch has.
+        rows_of_a_prompt = max(1, self._rollout.completions // batch.completions_BCM.shape[1])
         return int(batch.prompt_lengths_B.sum()) // rows_of_a_prompt + int(batch.mask_BCM.sum())
 
     def _reward_metrics(self, groups: list[Group]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from trainers.rewards import load_rewards
 from trainers.rollouts import RollOut
 from trainers.settings import GRPORunConfig
 from trainers.trainer import Observer, Trainer, TrainState
+from utils.rope import DynamicScaling
 
 
 class GRPORecipe(Recipe):
@@ -63,6 +64,8 @@ class GRPORecipe(Recipe):
             template=choose_template(tokenizer, config.data.chat_template),
             seed=config.trainer.seed,
         )
+        if prompts.validation is not None:  # else it would be found out after `eval_every` steps
+            next(PromptLoader(prompts.validation, batch_size=1, seed=config.trainer.seed, num_epochs=1))
         rewards = load_rewards(config.rewards)
         roll_out = self._roll_out(config, tokenizer)
         size = config.trainer.batch_size * config.experience.updates_per_rollout
@@ -106,7 +109,8 @@ class GRPORecipe(Recipe):
                 trainer=trainer,
                 data=loader,
                 num_steps=num_steps,
-                report=(*prompts.report, _line(config)),
+                report=(*prompts.report, *_lines(config, tokenizer)),
+                summary=lambda: (loader.left_out,) if loader.left_out else (),
                 evaluate=self._evaluation(config, prompts, experience, tokenizer),
                 carried={"experience": experience},
                 observers=observers,
@@ -161,6 +165,13 @@ def _check_length(config: GRPORunConfig, llama: LlamaConfig) -> None:
             f"data.max_prompt_length {prompt} and rollout.max_completion_length {completion} are together longer than "
             f"the model's context of {llama.max_text_length}"
         )
+    scaling = llama.rope_scaling
+    if isinstance(scaling, DynamicScaling) and prompt + completion > scaling.original_context:
+        raise ValueError(
+            f"data.max_prompt_length {prompt} and rollout.max_completion_length {completion} are together longer than "
+            f"{scaling.original_context} tokens: beyond them dynamic RoPE scaling turns all tokens anew with each one, "
+            "and log-probabilities are not those that completions were drawn with"
+        )
 
 
 def _num_steps(config: GRPORunConfig, prompts: Prompts) -> int:
@@ -170,6 +181,9 @@ def _num_steps(config: GRPORunConfig, prompts: Prompts) -> int:
     return max(1, math.ceil(rounds * len(prompts.train) / config.trainer.batch_size))
 
 
-def _line(config: GRPORunConfig) -> str:
-    size, updates = config.trainer.batch_size, config.experience.updates_per_rollout
-    return f"rollouts of {size * updates} prompts x {config.rollout.completions} completions for {updates} updates each"
+def _lines(config: GRPORunConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
+    size, updates, own = config.trainer.batch_size, config.experience.updates_per_rollout, config.rollout
+    line = f"rollouts of {size * updates} prompts x {own.completions} completions for {updates} updates each"
+    if tokenizer.stop_ids:
+        return (line,)
+    return line, f"the tokenizer names no token that ends a completion: all have {own.max_completion_length} tokens"

@@ -90,9 +90,10 @@ def _behind_shared(model: LLaMa, batch: PolicyBatch, config: PolicyConfig, key: 
     x_N1D = jnp.repeat(x_BSD[:, -1:], C, axis=0)
     if M == 1:
         return x_N1D
-    tokens_NT = batch.completions_BCM.reshape(B * C, M)[:, :-1]
-    x_NTD, _ = model.hidden(tokens_NT, prefix=prefix, key=keys[1], **options)
-    return jnp.concatenate([x_N1D, x_NTD], axis=1)
+    # The last token predicts nothing, but keeps the length even, without which cuDNN refuses.
+    tokens_NM = batch.completions_BCM.reshape(B * C, M)
+    x_NMD, _ = model.hidden(tokens_NM, prefix=prefix, key=keys[1], **options)
+    return jnp.concatenate([x_N1D, x_NMD[:, :-1]], axis=1)
 
 
 def _behind_repeated(model: LLaMa, batch: PolicyBatch, config: PolicyConfig, key: Array | None) -> Array:
@@ -101,9 +102,11 @@ def _behind_repeated(model: LLaMa, batch: PolicyBatch, config: PolicyConfig, key
     S = batch.prompts_BS.shape[1]
     prompts_NS = jnp.repeat(batch.prompts_BS, C, axis=0)
     lengths_N1 = jnp.repeat(batch.prompt_lengths_B, C)[:, None]
-    tokens_NT = jnp.concatenate([prompts_NS, batch.completions_BCM.reshape(B * C, M)[:, :-1]], axis=1)
-    T = S + M - 1
+    tokens_NT = jnp.concatenate([prompts_NS, batch.completions_BCM.reshape(B * C, M)], axis=1)
+    T = S + M  # with the last token, which predicts nothing: an even length, without which cuDNN refuses
     tokens_NT = jnp.take_along_axis(tokens_NT, (jnp.arange(T) + S - lengths_N1) % T, axis=1)
-    x_NTD, _ = model.hidden(tokens_NT, implementation=config.attention, remat=config.remat, key=key)
+    x_NTD, _ = model.hidden(
+        tokens_NT, lengths_B=lengths_N1[:, 0] + M, implementation=config.attention, remat=config.remat, key=key
+    )
     predicting_NM = lengths_N1 - 1 + jnp.arange(M)
     return jnp.take_along_axis(x_NTD, predicting_NM[..., None], axis=1)

@@ -40,6 +40,7 @@ class Course:
     `report` are lines on the data. `counted` wraps the data so that `Throughput` hears of tokens and FLOPs. `evaluate`
     is None where there is nothing to validate on. `carried` is saved and restored beside the data. `observers` makes
     those that the algorithm adds, of the run's output folder and the step that it goes on from (None: a new run).
+    `summary` are lines on what the data turned out to be, for the end of training.
     """
 
     trainer: Trainer
@@ -50,6 +51,7 @@ class Course:
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
     carried: Mapping[str, Stateful] = field(default_factory=dict)
     observers: Callable[[Path, int | None], tuple[Observer, ...]] = lambda folder, resume_step: ()
+    summary: Callable[[], tuple[str, ...]] = lambda: ()
 
 
 class Recipe(abc.ABC):

@@ -260,7 +260,8 @@ def _check_marker(after: str | None) -> None:
 
 def _column(columns: Mapping[str, Any], name: str) -> Sequence[Any]:
     if name not in columns:
-        raise ValueError(f"the data has no column {name!r}, only {', '.join(sorted(columns)) or 'prompts'}")
+        others = sorted(columns.keys() - {"prompts", "completion_ids"})
+        raise ValueError(f"the data has no column {name!r}, only {', '.join(others) or 'prompts'}")
     return columns[name]
 
 

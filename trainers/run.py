@@ -121,7 +121,10 @@ def train(run: Run, *, resume: bool, interrupted: Callable[[], bool], say: Calla
             config=to_dict(config),
         )
         observers = run.course.observers(folder, resume_step)
-        return _fit(run, state, checkpointer, restored, writer, observers, interrupted, say)
+        state = _fit(run, state, checkpointer, restored, writer, observers, interrupted, say)
+        for line in run.course.summary():
+            say(line)
+        return state
 
 
 def _fit(

@@ -235,7 +235,7 @@ class GRPORunConfig(CommonConfig):
             raise ValueError("rewards is empty: there is nothing to learn from")
         if self.tokenizer == "characters":
             raise ValueError("tokenizer characters is made of training text, and prompts are none: give a folder")
-        if self.rollout.completions < 2 and self.experience.scale_rewards != "batch":
+        if self.rollout.completions < 2:
             raise ValueError(
                 f"rollout.completions {self.rollout.completions} leaves nothing to compare a completion with"
             )

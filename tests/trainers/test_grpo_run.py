@@ -9,20 +9,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import train
 from inference.rollout import sampler
-from models.llama import load_pretrained
-from tests.trainers.runs import RECIPES, argv, completions, go, metrics, numbers, reinforcing, same, share_of_a
+from models.llama import PRESETS, load_pretrained
+from tests.trainers.runs import RECIPES, argv, completions, go, metrics, numbers, reinforcing, same, share_of_a, words
 from trainers.checkpoints import Checkpointer
 from trainers.export import restore_model
-from trainers.grpo_recipe import GRPORecipe
+from trainers.grpo_recipe import GRPORecipe, _check_length
 from trainers.grpo_trainer import GRPOTrainer
 from trainers.observers import RunError
 from trainers.run import prepare
+from utils.rope import DynamicScaling
 from utils.settings import load_settings
 
 ROOT = Path(train.__file__).parent
@@ -283,6 +285,8 @@ def test_none_from_all_rewards_is_no_number_and_teaches_nothing(tmp_path: Path):
         ),
         ({"rollout.max_completion_length": "0"}, "max_completion_length 0 and completions 4 must be at least 1"),
         ({"rollout.completions": "1"}, "rollout.completions 1 leaves nothing to compare a completion with"),
+        ({"rollout.completions": "1", "experience.scale_rewards": "batch"}, "completions 1 leaves nothing to compare"),
+        ({"data.validation_fraction": "0", "data.validation": "LONG"}, "not one of 2 prompts can be used"),
         ({"rollout.temperature": "0"}, "temperature 0.0 must be above 0"),
         ({"rollout.top_p": "2"}, "top_p"),
         ({"rollout.max_new_tokens": "2"}, "--rollout.max_new_tokens: unknown"),
@@ -299,11 +303,23 @@ def test_none_from_all_rewards_is_no_number_and_teaches_nothing(tmp_path: Path):
 def test_a_setting_that_cannot_be_is_one_line_and_code_2(program, tmp_path: Path, changes, line):
     flags = reinforcing(tmp_path, **changes)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "cat"}\n{"prompt": 3}\n')
-    flags = {key: str(tmp_path / "bad.jsonl") if value == "BAD" else value for key, value in flags.items()}
+    (tmp_path / "long.jsonl").write_text(f'{{"prompt": "{words(9)}"}}\n' * 2)
+    files = {name.upper(): str(tmp_path / f"{name}.jsonl") for name in ("bad", "long")}
+    flags = {key: files.get(value, value) for key, value in flags.items()}
     code, error = program("grpo", *argv(flags))
     last = error.splitlines()[-1]
     assert code == 2 and last.startswith("train.py: ") and line in last, error
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").stat().st_size
+
+
+def test_dynamic_scaling_is_for_texts_within_its_context(tmp_path: Path):
+    scaling = DynamicScaling(factor=4.0, original_context=22)
+    scaled = replace(PRESETS["tiny"], max_position_embeddings=22, rope_scaling=scaling)
+    config = load_settings(RECIPES["grpo"].config, None, reinforcing(tmp_path))
+    _check_length(config, scaled)
+    config = load_settings(RECIPES["grpo"].config, None, reinforcing(tmp_path, **{"data.max_prompt_length": "17"}))
+    with pytest.raises(ValueError, match="6 are together longer than 22 tokens"):
+        _check_length(config, scaled)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +385,28 @@ def test_a_run_cannot_go_on_as_another(tmp_path: Path, changes, words_of_the_lin
     go("grpo", flags)
     with pytest.raises(ValueError, match=words_of_the_line):
         go("grpo", flags | {"trainer.steps": "4"} | changes, resume=True)
+
+
+def test_a_run_may_go_on_with_fewer_completions(tmp_path: Path):
+    changes = {"experience.updates_per_rollout": "2", "rollout.completions": "4", "trainer.steps": "4"}
+    flags = reinforcing(tmp_path, **changes)
+    go("grpo", flags, stop_at=1)  # another batch of four is in flight
+    assert int(go("grpo", flags | {"rollout.completions": "2"}, resume=True).step) == 4
+
+
+def test_what_was_left_out_and_what_cannot_end_are_said(tmp_path: Path):
+    changes = {"data.max_prompt_length": "7", "trainer.steps": "1", "tokenizer": str(tmp_path / "endless")}
+    flags = reinforcing(tmp_path, **changes, **{"data.validation_fraction": "0", "trainer.patience": "null"})
+    flags |= {"checkpoint.metric": "null", "checkpoint.keep_best": "0", "trainer.batch_size": "16"}
+    shutil.copytree(tmp_path / "characters", tmp_path / "endless")
+    (tmp_path / "endless" / "generation_config.json").unlink()
+    (tmp_path / "endless" / "tokenizer_config.json").write_text("{}")
+    said = []
+    go("grpo", flags, said=said)
+    assert re.fullmatch(r"\d+ prompts longer than 7 tokens left out", said[-1])
+    config = load_settings(RECIPES["grpo"].config, None, flags | {"output_dir": str(tmp_path / "other")})
+    run = prepare("grpo", RECIPES["grpo"], config, resume=False, cache_dir=tmp_path)
+    assert "the tokenizer names no token that ends a completion: all have 6 tokens" in run.describe()
 
 
 def test_a_run_in_which_all_completions_are_cut_off_and_masked_says_so(tmp_path: Path):

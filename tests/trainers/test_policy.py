@@ -16,6 +16,7 @@ from trainers.grpo_trainer import GRPOTrainer
 from trainers.policy import PolicyBatch, PolicyConfig, completion_log_probs
 from trainers.policy_losses import LOSSES, PolicyLossConfig
 from trainers.rollouts import RolloutConfig
+from utils.rope import DynamicScaling
 
 V, S, M, C = 61, 7, 6, 4
 LENGTHS = np.array([7, 3, 1], np.int32)
@@ -115,7 +116,7 @@ def test_the_sampler_and_the_trainer_agree(temperature, prompts):
         top_k=20,  # log-probabilities are those before the filters
         top_p=0.9,
         min_p=0.0,
-        stop_ids=frozenset({5, 6, 7}),
+        stop_ids=frozenset({5, 6, 44}),
         seed=0,
     )
     drawn = draw(model, texts, [11, 12, 13])
@@ -132,6 +133,18 @@ def test_the_sampler_and_the_trainer_agree(temperature, prompts):
     got = np.asarray(log_probs(model, batch, temperature, prompts=prompts).logprobs_BT)
     for row, count in enumerate(drawn.count_B):
         np.testing.assert_allclose(got[row, :count], drawn.logprobs_BM[row, :count], atol=1e-5)
+
+
+@pytest.mark.parametrize("prompts", ["shared", "repeated"])
+def test_padding_does_not_turn_tokens_of_networks_with_dynamic_scaling(prompts):
+    """Up to its context nothing is scaled; padded to sizes of which there are few, rows are longer than that."""
+    context = int(LENGTHS[1:].max()) + M
+    scaling = DynamicScaling(factor=8.0, original_context=context)
+    scaled = replace(NETWORK, max_position_embeddings=context, rope_scaling=scaling)
+    batch = jax.tree.map(lambda x: x[1:], batch_of())
+    want = log_probs(network(), batch, prompts=prompts).logprobs_BT
+    got = log_probs(LLaMa(scaled, key=jax.random.key(0)), batch, prompts=prompts).logprobs_BT
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_a_completion_of_one_token():

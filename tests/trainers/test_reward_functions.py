@@ -268,6 +268,7 @@ def test_whatever_a_completion_says_it_is_only_wrong(text):
         (lambda: JsonSchema(schema="{}", after=""), "after is empty"),
         (lambda: ExactMatch()(completions=["a"], question=["b"]), "no column 'answer', only question"),
         (lambda: Gsm8kAnswer(column="x")(completions=["a"], b=[1], a=[1]), "no column 'x', only a, b"),
+        (lambda: ExactMatch()(completions=["a"], prompts=["b"], completion_ids=[[1]]), "'answer', only prompts"),
     ],
 )
 def test_options_that_cannot_be(make, error):
