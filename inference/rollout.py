@@ -56,8 +56,11 @@ def sampler(
     min_p: float,
     stop_ids: frozenset[int],
     seed: int,
+    rows_at_once: int | None = None,
 ) -> Callable[[LLaMa, Sequence[Sequence[int]], Sequence[int]], Rollout]:
     """What trainers draw completions with: `roll_out` of a model, prompts and their numbers, with these options.
+
+    `rows_at_once` bounds the completions, and so the cache, that are in memory together; the draws stay the same.
 
     Raises ValueError for options out of range.
     """
@@ -68,4 +71,11 @@ def sampler(
         stop_ids=stop_ids,
         seed=seed,
     )
-    return lambda model, prompts, numbers: roll_out(model, prompts, request, numbers=numbers)
+
+    def draw(model: LLaMa, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> Rollout:
+        size = len(prompts) if rows_at_once is None else max(1, rows_at_once // num_samples)
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        drawn = [roll_out(model, prompts[part], request, numbers=numbers[part]) for part in parts]
+        return drawn[0] if len(drawn) == 1 else Rollout(*map(np.concatenate, zip(*drawn)))
+
+    return draw

@@ -127,6 +127,7 @@ class GRPORecipe(Recipe):
             top_k=own.top_k,
             top_p=own.top_p,
             min_p=own.min_p,
+            rows_at_once=own.rows_at_once,
             stop_ids=frozenset(tokenizer.stop_ids),
             seed=config.trainer.seed,
         )

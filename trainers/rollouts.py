@@ -13,7 +13,8 @@ from models.llama import LLaMa
 class RolloutConfig:
     """`completions` of each prompt, of up to `max_completion_length` tokens.
 
-    The filters are those of `sampling.SamplingParams`. Log-probabilities, and so the loss, are those of
+    `rows_at_once` of all the completions of a rollout are drawn together, null for all: their keys and values have to
+    fit into memory. The filters are those of `sampling.SamplingParams`. Log-probabilities, and so the loss, are those of
     softmax(logits / temperature) whatever the filters leave out.
     """
 
@@ -23,12 +24,18 @@ class RolloutConfig:
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
+    rows_at_once: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_completion_length < 1 or self.completions < 1:
             raise ValueError(
                 f"max_completion_length {self.max_completion_length} and completions {self.completions} must be "
                 "at least 1"
+            )
+        if self.rows_at_once is not None and self.rows_at_once < self.completions:
+            raise ValueError(
+                f"rows_at_once {self.rows_at_once} must be at least completions {self.completions}: those of a prompt "
+                "are drawn together"
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature} must be above 0: greedy completions are all the same")

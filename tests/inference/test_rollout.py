@@ -79,6 +79,14 @@ def test_a_completion_comes_from_its_number_whatever_else_is_in_the_batch():
     assert len({tuple(row) for row in together.tokens_BM[:3].tolist()}) == 3  # samples differ
 
 
+@pytest.mark.parametrize("rows_at_once", [4, 9])
+def test_parts_of_a_rollout_draw_as_the_whole(rows_at_once):
+    whole, parts = rolled(num_samples=4), rolled(num_samples=4, rows_at_once=rows_at_once)
+    for x, y in zip(parts[:2] + parts[3:], whole[:2] + whole[3:], strict=True):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_allclose(parts.logprobs_BM, whole.logprobs_BM, atol=1e-5)
+
+
 def test_the_same_prompt_twice_draws_apart():
     rollout = rolled([PROMPTS[0], PROMPTS[0]], num_samples=1)
     assert not np.array_equal(*rollout.tokens_BM)
