@@ -11,15 +11,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from models.llama import LLaMa
 from sampling import SamplingRules
 from utils import kvcache
 from utils.kvcache import KVCache
 from utils.shapes import Array, DTypeLike, Float
+from utils.sharding import mesh_of, place_rows
 
 PREFILL_CHUNK = 512  # Longest piece of a prompt that is run at once: bounds the scores at [B, N, 512, S].
 _SMALLEST_BUCKET = 16
+_FEWEST_SLOTS = 256  # Reading less of a cache gains little.
 
 
 @jax.tree_util.register_dataclass
@@ -51,10 +54,20 @@ def bucket(length: int) -> int:
 
 
 def new_cache(model: LLaMa, batch_size: int, capacity: int, *, dtype: DTypeLike | None = None) -> KVCache:
-    """An empty cache for the model, by default in the dtype of its parameters."""
+    """An empty cache for the model, on its devices, by default in the dtype of its parameters."""
     c = model.config
     dtype = model.norm_D.dtype if dtype is None else dtype
-    return kvcache.create(c.num_layers, batch_size, c.num_kv_heads, capacity, c.head_dim, dtype=dtype)
+    cache = kvcache.create(c.num_layers, batch_size, c.num_kv_heads, capacity, c.head_dim, dtype=dtype)
+    return place_cache(cache, mesh_of(model))
+
+
+def place_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """The cache with its rows cut over a mesh; as it is without one."""
+    return KVCache(
+        k_LBKSH=place_rows(cache.k_LBKSH, mesh, axis=1),
+        v_LBKSH=place_rows(cache.v_LBKSH, mesh, axis=1),
+        length_B=place_rows(cache.length_B, mesh),
+    )
 
 
 def prefill(
@@ -73,7 +86,7 @@ def prefill(
     if (filled_B + lengths_B).max() > cache.capacity:
         raise ValueError(f"{(filled_B + lengths_B).max()} tokens do not fit a cache of {cache.capacity}")
     last_BD = jnp.zeros((len(prompts), model.config.hidden_size), model.norm_D.dtype)
-    longest = int(lengths_B.max())
+    longest, mesh = int(lengths_B.max()), mesh_of(model)
     for start in range(0, longest, chunk):
         size = min(chunk, bucket(min(chunk, longest - start)))
         tokens_BT = np.zeros((len(prompts), size), np.int32)
@@ -82,7 +95,12 @@ def prefill(
             tokens_BT[row, : len(piece)] = piece
         counts_B = np.clip(lengths_B - start, 0, size)
         last_BD, cache = _prefill_piece(
-            model, cache, last_BD, tokens_BT, counts_B, from_empty=from_empty and start == 0
+            model,
+            cache,
+            last_BD,
+            place_rows(tokens_BT, mesh),
+            place_rows(counts_B.astype(np.int32), mesh),
+            from_empty=from_empty and start == 0,
         )
     return last_BD, cache
 
@@ -135,9 +153,34 @@ def begin(
     return _draw(state, model.unembed(last_BD[:, None])[:, 0], rules, stop_E)
 
 
-@partial(jax.jit, donate_argnames="state")
-def decode(model: LLaMa, state: DecodeState, rules: SamplingRules, stop_E: Array, steps: Array | int) -> DecodeState:
-    """Draw up to `steps` more tokens for each row; ends early once all rows are done. The state given is donated."""
+def slots_for(state: DecodeState, steps: int) -> int:
+    """How many slots of the cache that many more steps may come to, padded to a few sizes; waits for the state."""
+    wanted = bucket(int(np.max(state.cache.length_B)) + steps)
+    return min(max(_FEWEST_SLOTS, wanted), state.cache.capacity)
+
+
+@partial(jax.jit, static_argnames=("slots", "split"), donate_argnames="state")
+def decode(
+    model: LLaMa,
+    state: DecodeState,
+    rules: SamplingRules,
+    stop_E: Array,
+    steps: Array | int,
+    *,
+    slots: int | None = None,
+    split: bool | None = None,
+) -> DecodeState:
+    """Draw up to `steps` more tokens for each row; ends early once all rows are done. The state given is donated.
+
+    Only the first `slots` slots of the cache are read and written, by default all: see `slots_for`. With `split`,
+    layers are gone through one by one, from arrays of their own, by default on GPUs: a scan over layers compiles in a
+    time that does not grow with depth, but in the body of a loop XLA's GPU backend copies each layer's weights, and its
+    part of the cache, out of the stacked arrays at every step.
+    """
+    split = jax.default_backend() == "gpu" if split is None else split
+    whole = state.cache
+    part = whole if slots is None else kvcache.resize(whole, slots)
+    blocks = model.split_blocks() if split else None
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
         step, state = carry
@@ -146,10 +189,12 @@ def decode(model: LLaMa, state: DecodeState, rules: SamplingRules, stop_E: Array
     def advance(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         step, state = carry
         running_B = (~state.done_B).astype(jnp.int32)
-        x_BTD, cache = model.hidden(state.last_B[:, None], lengths_B=running_B, cache=state.cache)
+        x_BTD, cache = model.hidden(state.last_B[:, None], lengths_B=running_B, cache=state.cache, blocks=blocks)
         return step + 1, _draw(replace(state, cache=cache), model.unembed(x_BTD)[:, 0], rules, stop_E)
 
-    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]
+    state = replace(state, cache=kvcache.split(part) if split else part)
+    state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]
+    return replace(state, cache=kvcache.put_back(whole, state.cache))
 
 
 def _draw(state: DecodeState, logits_BV: Array, rules: SamplingRules, stop_E: Array) -> DecodeState:

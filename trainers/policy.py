@@ -90,7 +90,7 @@ def _behind_shared(model: LLaMa, batch: PolicyBatch, config: PolicyConfig, key: 
     x_N1D = jnp.repeat(x_BSD[:, -1:], C, axis=0)
     if M == 1:
         return x_N1D
-    # The last token predicts nothing, but keeps the length even, without which cuDNN refuses.
+    # The last token predicts nothing, but keeps the length even, which cuDNN would have to pad.
     tokens_NM = batch.completions_BCM.reshape(B * C, M)
     x_NMD, _ = model.hidden(tokens_NM, prefix=prefix, key=keys[1], **options)
     return jnp.concatenate([x_N1D, x_NMD[:, :-1]], axis=1)
@@ -103,7 +103,7 @@ def _behind_repeated(model: LLaMa, batch: PolicyBatch, config: PolicyConfig, key
     prompts_NS = jnp.repeat(batch.prompts_BS, C, axis=0)
     lengths_N1 = jnp.repeat(batch.prompt_lengths_B, C)[:, None]
     tokens_NT = jnp.concatenate([prompts_NS, batch.completions_BCM.reshape(B * C, M)], axis=1)
-    T = S + M  # with the last token, which predicts nothing: an even length, without which cuDNN refuses
+    T = S + M  # with the last token, which predicts nothing: an even length, which cuDNN would have to pad
     tokens_NT = jnp.take_along_axis(tokens_NT, (jnp.arange(T) + S - lengths_N1) % T, axis=1)
     x_NTD, _ = model.hidden(
         tokens_NT, lengths_B=lengths_N1[:, 0] + M, implementation=config.attention, remat=config.remat, key=key

@@ -142,7 +142,9 @@ def _evened(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask) -> tuple[Ar
         key_BS = jnp.pad(mask.key_segments_BS, ((0, 0), (0, S % 2)), mode="edge")
         mask = replace(mask, query_segments_BT=query_BT, key_segments_BS=key_BS)
     unread = mask.causal and not _is_shifted(mask) and T <= S  # no real query is as far as the key behind
-    if S % 2 and mask.key_length_B is None and not unread:
+    if S % 2 and mask.key_length_B is not None:
+        mask = replace(mask, key_length_B=jnp.minimum(mask.key_length_B, S))
+    elif S % 2 and not unread:
         mask = replace(mask, key_length_B=jnp.full(B, S, jnp.int32))
     return q_BTNH, k_BSKH, v_BSKH, mask
 

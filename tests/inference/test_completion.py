@@ -200,8 +200,8 @@ def test_ends_are_asked_with_the_number_of_the_prompt(model):
 def test_rows_that_have_their_end_are_run_no_further(model, monkeypatch):
     states = []
 
-    def noting(*args):
-        states.append(decode(*args))
+    def noting(*args, **options):
+        states.append(decode(*args, **options))
         return states[-1]
 
     decode = completion.decode

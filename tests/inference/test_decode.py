@@ -12,6 +12,7 @@ import pytest
 from inference import decode as loops
 from inference.decode import DecodeState, begin, bucket, new_cache, prefill
 from models.llama import LLaMa
+from models.llama.lora import LoraConfig, add_lora
 from sampling import NewlineTable, SamplingParams, SamplingRules
 from tests.models.llama.checkpoints import FAMILIES, TINY, random_model
 from utils import kvcache
@@ -199,6 +200,44 @@ def test_decoding_in_pieces_is_decoding_at_once(model):
         state = loops.decode(model, state, rules, NONE, steps)
         assert np.asarray(state.count_B - before).tolist() == [min(steps, 32 - n) for n in before]
     assert drawn(state) == whole
+
+
+MIXED = replace(TINY, num_layers=3, layer_windows=(None, 6, 11))
+
+
+@pytest.mark.parametrize("name", ["plain", "mixed windows", "qwen3", "all-biases", "adapters"])
+@pytest.mark.parametrize("pieces", [[(1000, None)], [(3, 32), (20, 64), (1000, None)]], ids=["at once", "in pieces"])
+def test_layers_one_by_one_and_few_slots_are_the_scan_over_all(name, pieces):
+    network = random_model({"plain": TINY, "mixed windows": MIXED, "adapters": TINY}.get(name) or FAMILIES[name])
+    if name == "adapters":
+        network = add_lora(network, LoraConfig(rank=2, alpha=2.0), key=jax.random.key(1))
+        network = jax.tree.map(lambda leaf: leaf + 0.1, network)
+    params = SamplingParams(temperature=0.9)
+    ends = []
+    for split in (False, True):
+        state, rules = started(network, PROMPTS, params, limits=[30, 5, 32], logprobs=True)
+        for steps, slots in pieces if split else [(1000, None)]:
+            state = loops.decode(network, state, rules, NONE, steps, slots=slots, split=split)
+        ends.append(state)
+    scanned, split = ends
+    assert drawn(split) == drawn(scanned) and [len(ids) for ids in drawn(split)] == [30, 5, 32]
+    np.testing.assert_allclose(split.plain_logprobs_BM, scanned.plain_logprobs_BM, atol=1e-5)
+    np.testing.assert_array_equal(split.cache.length_B, scanned.cache.length_B)
+    for row, length in enumerate(np.asarray(split.cache.length_B)):
+        for ours, theirs in zip(jax.tree.leaves(split.cache)[:2], jax.tree.leaves(scanned.cache)[:2]):
+            np.testing.assert_allclose(ours[:, row, :, :length], theirs[:, row, :, :length], atol=1e-5)
+
+
+def test_slots_are_enough_for_the_steps_and_no_more_than_there_are(model):
+    state, _ = started(model, PROMPTS)  # of up to 18 tokens, in 64 slots
+    assert loops.slots_for(state, 1) == loops.slots_for(state, 1000) == 64
+    state = replace(state, cache=kvcache.resize(state.cache, 700))
+    assert [loops.slots_for(state, steps) for steps in (1, 238, 239, 494, 495)] == [256, 256, 512, 512, 700]
+
+
+def test_blocks_without_a_cache_are_refused(model):
+    with pytest.raises(ValueError, match="blocks go with a cache"):
+        model.hidden(jnp.array([[1, 2]]), blocks=model.split_blocks())
 
 
 class Counted(LLaMa):

@@ -128,7 +128,7 @@ def test_choice(platform, dtype, name):
         ("cuda", dict(T=2, S=2), "cudnn"),
         ("cuda", dict(T=200, S=200), "cudnn"),
         ("cuda", dict(H=128), "cudnn"),
-        ("cuda", dict(T=201, S=201), "xla"),
+        ("cuda", dict(T=201, S=201), "cudnn"),
         ("cuda", dict(H=136), "xla"),
         ("cuda", dict(H=12), "xla"),
         ("tpu", dict(T=1), "xla"),
@@ -180,12 +180,34 @@ def test_scale_and_unknown_implementations():
 
 @pytest.mark.parametrize(
     "options,reason",
-    [(dict(), "float32"), (dict(H=136), "136"), (dict(H=12), "12"), (dict(T=5), "5 queries"), (dict(S=3), "3 keys")],
+    [(dict(), "float32"), (dict(H=136), "136"), (dict(H=12), "12")],
 )
 def test_cudnn_refuses_arrays_that_it_cannot_do(options, reason):
     dtype = {} if reason == "float32" else {"dtype": jnp.bfloat16}
     with pytest.raises(ValueError, match=reason):
         attention(*arrays(**(dict(T=4, S=4) | options), **dtype), Mask(), implementation="cudnn")
+
+
+@pytest.mark.parametrize("T,S", [(5, 5), (5, 6), (4, 5), (7, 5)])
+@pytest.mark.parametrize("name", MASKS)
+def test_odd_lengths_are_made_even_without_a_change(name, T, S):
+    mask, (q, k, v) = MASKS[name], arrays(T=T, S=S)
+    if mask.query_segments_BT is not None:
+        mask = replace(
+            mask, query_segments_BT=mask.query_segments_BT[:, :T], key_segments_BS=mask.key_segments_BS[:, :S]
+        )
+    evened = attention_module._evened(q, k, v, mask)
+    even_q, even_k, even_v, even_mask = evened
+    assert even_q.shape[1] % 2 == even_k.shape[1] % 2 == even_v.shape[1] % 2 == 0
+    T_even, S_even = even_q.shape[1], even_k.shape[1]
+    got = np.asarray(even_mask.draw(T_even, S_even))[:, :T]
+    assert not got[:, :, S:].any()
+    want = np.asarray(mask.draw(T, S))
+    np.testing.assert_array_equal(*np.broadcast_arrays(got[:, :, :S], want))
+    out, readable = attend(even_q, even_k, even_v, even_mask.draw(T_even, S_even))[:, :T], want.any(-1)
+    plain = attend(q, k, v, mask.draw(T, S))
+    readable = np.broadcast_to(readable, out.shape[:2])
+    np.testing.assert_allclose(np.asarray(out)[readable], np.asarray(plain)[readable], atol=2e-6)
 
 
 def test_cudnn_is_handed_no_mask_that_would_fill_the_memory(monkeypatch):

@@ -176,3 +176,24 @@ def test_resize_keeps_what_the_rows_hold(empty, capacity):
             np.testing.assert_array_equal(after.k_LBKSH[:, b, :, s], key)
             np.testing.assert_array_equal(after.v_LBKSH[:, b, :, s], value)
         assert (after.k_LBKSH[:, b, :, len(row)] == 1).all()
+
+
+def test_a_split_cache_is_the_stacked_one_layer_by_layer(empty):
+    lists = Lists()
+    held = lists.append(empty, 5, [5, 2, 0])
+    few = kvcache.split(kvcache.resize(held, 6))
+    assert few.capacity == 6 and [k.shape for k in few.k_LBKSH] == [(B, K, 6, H)] * L
+    twice = [lists.random.standard_normal((2, L, B, 1, K, H), dtype=np.float32) for _ in range(2)]
+    ends = []
+    for cache in (held, few):
+        for (k, v), count_B in zip(twice, (np.array([1, 1, 1]), np.array([0, 1, 1]))):
+            cache = append(jax.tree.map(jnp.copy, cache), jnp.array(k), jnp.array(v), jnp.array(count_B, jnp.int32))
+        ends.append(cache)
+    for layer in range(L):
+        for whole, part in zip(kvcache.read(ends[0], layer), kvcache.read(ends[1], layer)):
+            np.testing.assert_array_equal(whole[:, :6], part)
+    back = kvcache.put_back(held, ends[1])
+    np.testing.assert_array_equal(back.length_B, ends[0].length_B)
+    for ours, theirs in ((back.k_LBKSH, ends[0].k_LBKSH), (back.v_LBKSH, ends[0].v_LBKSH)):
+        np.testing.assert_array_equal(ours[:, :, :, :6], theirs[:, :, :, :6])
+    np.testing.assert_array_equal(back.k_LBKSH[:, :, :, 6:], held.k_LBKSH[:, :, :, 6:])
