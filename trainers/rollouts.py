@@ -14,7 +14,7 @@ class RolloutConfig:
     """`completions` of each prompt, of up to `max_completion_length` tokens.
 
     `rows_at_once` of all the completions of a rollout are drawn together, null for all: their keys and values have to
-    fit into memory. The filters are those of `sampling.SamplingParams`. Log-probabilities, and so the loss, are those of
+    fit into memory. The filters are those of `sampling.SamplingParams`. Log-probabilities, and so the loss, are of
     softmax(logits / temperature) whatever the filters leave out.
     """
 
