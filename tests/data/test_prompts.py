@@ -254,7 +254,7 @@ BAD = [
     '{"prompt": "a\\ud800"}',
 ]
 BAD += [
-    '{"prompt": [{"role": "user", "content": "a"}], "tools": ' + '[{"name": "a", "x": ' + "[" * 700 + "]" * 700 + "}]}"
+    '{"prompt": [{"role": "user", "content": "a"}], "tools": ' + '[{"name": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}]}"
 ]
 
 
