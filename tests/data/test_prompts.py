@@ -254,7 +254,11 @@ BAD = [
     '{"prompt": "a\\ud800"}',
 ]
 BAD += [
-    '{"prompt": [{"role": "user", "content": "a"}], "tools": ' + '[{"name": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}]}"
+    '{"prompt": [{"role": "user", "content": "a"}], "tools": '
+    + '[{"name": "a", "x": '
+    + "[" * 100_000
+    + "]" * 100_000
+    + "}]}"
 ]
 
 
