@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,7 +18,9 @@ __all__ = [
     "PromptRecord",
     "Record",
     "TextRecord",
+    "UnpairedRecord",
     "normalize",
+    "normalize_preference",
     "normalize_prompt",
 ]
 
@@ -63,12 +66,25 @@ class CompletionRecord:
 @dataclass(frozen=True, kw_only=True)
 class PreferenceRecord:
     """Two answers to one prompt. All three are text, or all three messages: those of the answers follow the prompt's,
-    and begin with an assistant message.
+    and begin with an assistant message. `margin` says by how much the chosen one is better, where the row does.
     """
 
     prompt: tuple[Message, ...] | str
     chosen: tuple[Message, ...] | str
     rejected: tuple[Message, ...] | str
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    margin: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedRecord:
+    """One answer to a prompt, and whether it is a good one. Both are text, or both messages: those of the completion
+    follow the prompt's, and the assistant says at least one of them.
+    """
+
+    prompt: tuple[Message, ...] | str
+    completion: tuple[Message, ...] | str
+    desirable: bool
     tools: tuple[Mapping[str, Any], ...] | None = None
 
 
@@ -95,15 +111,17 @@ def normalize(row: Mapping[str, Any], *, format: str | None = None) -> Record:
     - completion: `prompt` and `completion`, both text -> CompletionRecord; both messages -> ChatRecord that learns
       from the first message of the completion on, as TRL does;
     - preference: `chosen` and `rejected`, with the prompt in `prompt`, `conversations`, `messages`, `instruction` (and
-      `input`, `history`) or `question`, or else in what the two have in common -> PreferenceRecord;
+      `input`, `history`) or `question`, or else in what the two have in common -> PreferenceRecord, with the number
+      `margin` where the row has one;
     - alpaca: `instruction`, `output`, and optionally `input`, `history` (pairs of user and assistant) -> ChatRecord
       whose user message is the instruction, a newline and the input, or the one of them that is not empty;
     - question: `question` and `answer` -> ChatRecord, so that a chat template (`qa`) puts something between them.
 
     Conversations take `system`, text that becomes their first message, and `tools`. Nothing in the texts is
     interpreted. Deviations from TRL: a prompt that chosen and rejected texts share ends before a white space, not in
-    the middle of a word, and unpaired preferences (`label`) are refused rather than learnt. Raises ValueError, one
-    line with the row's keys, for a row that fits no format or several, and for values of the wrong types.
+    the middle of a word, and unpaired preferences (`label`) are refused rather than learnt; `normalize_preference`
+    reads them. Raises ValueError, one line with the row's keys, for a row that fits no format or several, and for
+    values of the wrong types.
     """
     return _parsed(row, lambda given: _FORMATS[_choose(given, format)][1](given))
 
@@ -125,6 +143,21 @@ def normalize_prompt(row: Mapping[str, Any], *, format: str | None = None) -> Pr
                 raise ValueError("the row has no prompt (prompt, question, instruction, messages, conversations)")
             given = {**given, **{key: "" for asked, key in _UNANSWERED.items() if asked in given}}
         return _asking(_FORMATS[_choose(given, format)][1](given))
+
+    return _parsed(row, parse)
+
+
+def normalize_preference(row: Mapping[str, Any], *, format: str | None = None) -> PreferenceRecord | UnpairedRecord:
+    """Return the preference that a row stands for: two answers, or one and whether it is good.
+
+    The latter is `label` or `kto_tag`, true or false, in a row of any other format with an answer: of a conversation,
+    the assistant's messages at its end. Raises ValueError as `normalize` does, and for rows that prefer nothing.
+    """
+
+    def parse(given: Mapping[str, Any]) -> PreferenceRecord | UnpairedRecord:
+        untagged = {key: value for key, value in given.items() if key not in _TAGS}
+        record = _FORMATS[_choose(untagged, format)][1](untagged)
+        return record if isinstance(record, PreferenceRecord) else _tagged(record, given)
 
     return _parsed(row, parse)
 
@@ -169,9 +202,9 @@ def _chat(row: Mapping[str, Any], key: str) -> ChatRecord:
 
 
 def _completion(row: Mapping[str, Any]) -> CompletionRecord | ChatRecord:
-    for key in ("label", "kto_tag"):
+    for key in _TAGS:
         if key in row:
-            raise ValueError(f"prompt and completion with {key}: unpaired preferences are not supported")
+            raise ValueError(f"prompt and completion with {key}: unpaired preferences are not texts to learn")
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         _check_no_conversation(row)
         return CompletionRecord(prompt=row["prompt"], completion=row["completion"])
@@ -197,14 +230,14 @@ def _question(row: Mapping[str, Any]) -> ChatRecord:
 
 
 def _preference(row: Mapping[str, Any]) -> PreferenceRecord:
-    prompt, chosen, rejected = _prompt(row), row["chosen"], row["rejected"]
+    prompt, chosen, rejected, margin = _prompt(row), row["chosen"], row["rejected"], _margin(row)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("chosen and rejected must both be text or both be messages")
     if isinstance(chosen, str) and (prompt is None or isinstance(prompt, str)):
         _check_no_conversation(row)
         if prompt is None:
             prompt, chosen, rejected = _split_texts(chosen, rejected)
-        return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected)
+        return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin)
     chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
     if prompt is None or isinstance(prompt, str):
         prompt, chosen, rejected = _split_conversations(prompt, chosen, rejected)
@@ -215,7 +248,34 @@ def _preference(row: Mapping[str, Any]) -> PreferenceRecord:
             found = f"begins with a {answer[0]['role']} message" if answer else "is empty"
             raise ValueError(f"{key} must go on from the prompt with an assistant message, but {found}")
     prompt, tools = _with_system(row, prompt), _conversation_tools(row)
-    return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected, tools=tools)
+    return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected, tools=tools, margin=margin)
+
+
+def _margin(row: Mapping[str, Any]) -> float | None:
+    margin = row.get("margin")
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise ValueError(f"margin must be a number, got {margin!r:.80}")
+    return float(margin)
+
+
+def _tagged(record: TextRecord | CompletionRecord | ChatRecord, row: Mapping[str, Any]) -> UnpairedRecord:
+    tags = [key for key in _TAGS if key in row]
+    if len(tags) != 1:
+        raise ValueError(f"a preference has chosen and rejected, or one of {' and '.join(_TAGS)}")
+    desirable = row[tags[0]]
+    if not isinstance(desirable, bool):
+        raise ValueError(f"{tags[0]} must be true or false, got {desirable!r:.80}")
+    match record:
+        case CompletionRecord():
+            return UnpairedRecord(prompt=record.prompt, completion=record.completion, desirable=desirable)
+        case ChatRecord():
+            prompt, completion = _asked_and_answered(record)
+            if not completion:
+                raise ValueError("the conversation does not end with an answer of the assistant")
+            return UnpairedRecord(prompt=prompt, completion=completion, desirable=desirable, tools=record.tools)
+    raise ValueError("a text has no prompt")
 
 
 def _given_prompt(row: Mapping[str, Any]) -> PromptRecord:
@@ -235,14 +295,19 @@ def _asking(record: Record) -> PromptRecord:
         case PreferenceRecord():
             return PromptRecord(prompt=record.prompt, tools=record.tools)
         case ChatRecord():
-            end = record.learn_from or len(record.messages)
-            while end and not record.learn_from and record.messages[end - 1]["role"] == "assistant":
-                end -= 1
-            if not end:
-                raise ValueError("the assistant speaks first, so that nothing is asked")
-            answer = _last_said(record.messages[end:])
-            return PromptRecord(prompt=record.messages[:end], answer=answer, tools=record.tools)
+            prompt, answer = _asked_and_answered(record)
+            return PromptRecord(prompt=prompt, answer=_last_said(answer), tools=record.tools)
     raise ValueError("a text has no prompt")
+
+
+def _asked_and_answered(record: ChatRecord) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Split a chat before what is learnt of it, or else before the assistant's messages at its end."""
+    end = record.learn_from or len(record.messages)
+    while end and not record.learn_from and record.messages[end - 1]["role"] == "assistant":
+        end -= 1
+    if not end:
+        raise ValueError("the assistant speaks first, so that nothing is asked")
+    return record.messages[:end], record.messages[end:]
 
 
 def _last_said(messages: tuple[Message, ...]) -> str | None:
@@ -374,4 +439,5 @@ _FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Record]
     "question": (("question", "answer"), _question),
 }
 FORMATS = tuple(_FORMATS)
+_TAGS = ("label", "kto_tag")
 _UNANSWERED = {"question": "answer", "instruction": "output"}

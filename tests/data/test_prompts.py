@@ -13,9 +13,10 @@ from data.characters import write_character_tokenizer
 from data.chat import choose_template, encode_chat
 from data.datasets import SourceConfig
 from data.examples import tokenize
-from data.prompt_loading import PromptLoader
-from data.prompts import PromptConfig, TooLong, gather_columns, open_prompts
+from data.prompts import PromptConfig, gather_columns, open_prompts
 from data.records import BadRow, PromptRecord, normalize, normalize_prompt
+from data.row_loading import RowLoader
+from data.row_sources import TooLong
 from models.llama import load_tokenizer
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
@@ -202,26 +203,26 @@ def test_tools_reach_the_template_or_are_refused(opened):
 
 def test_every_epoch_has_every_prompt_once_in_a_new_order(opened):
     source = opened(words(30)).train
-    flat = [n for batch in itertools.islice(PromptLoader(source, batch_size=7), 13) for n in numbers(batch)]
+    flat = [n for batch in itertools.islice(RowLoader(source, batch_size=7), 13) for n in numbers(batch)]
     epochs = [flat[start : start + 30] for start in (0, 30, 60)]
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3 and epochs[0] != sorted(epochs[0])
-    again, other = (next(PromptLoader(source, batch_size=30, seed=seed)) for seed in (0, 1))
+    again, other = (next(RowLoader(source, batch_size=30, seed=seed)) for seed in (0, 1))
     assert numbers(again) == epochs[0] != numbers(other)
-    assert numbers(next(PromptLoader(source, batch_size=30, shuffle=False))) == list(range(30))
-    assert next(PromptLoader(source, batch_size=1))[0] == source[epochs[0][0]]
+    assert numbers(next(RowLoader(source, batch_size=30, shuffle=False))) == list(range(30))
+    assert next(RowLoader(source, batch_size=1))[0] == source[epochs[0][0]]
 
 
 def test_the_last_batch_is_a_short_one(opened):
     source = opened(words(10)).train
-    loader = PromptLoader(source, batch_size=4, num_epochs=2)
+    loader = RowLoader(source, batch_size=4, num_epochs=2)
     assert [len(batch) for batch in loader] == [4, 4, 4, 4, 4]
-    loader = PromptLoader(source, batch_size=4, num_epochs=1)
+    loader = RowLoader(source, batch_size=4, num_epochs=1)
     assert [len(batch) for batch in loader] == [4, 4, 2]
     assert list(loader) == [] and loader.take(3) == []
     loader.seek(9)
     assert len(loader.take(4)) == 1
-    with pytest.raises(ValueError, match="cannot go to prompt 11 of 10"):
+    with pytest.raises(ValueError, match="cannot go to 11 of 10 prompts"):
         loader.seek(11)
 
 
@@ -233,10 +234,10 @@ def test_what_is_too_long_is_left_out_and_counted(opened):
     source = opened(rows).train
     with pytest.raises(TooLong, match=r"0\.jsonl:4: 65 tokens are more than 64"):
         source[3]
-    loader = PromptLoader(source, batch_size=4, num_epochs=1)
+    loader = RowLoader(source, batch_size=4, num_epochs=1)
     assert sorted(n for batch in loader for n in numbers(batch)) == sorted({*range(20)} - {3, 4, 19})
     assert loader.left_out == "3 prompts longer than 64 tokens left out"
-    loader = PromptLoader(source, batch_size=17)
+    loader = RowLoader(source, batch_size=17)
     for _ in range(3):
         assert Counter(numbers(next(loader))).most_common(1)[0][1] == 1
     assert loader.left_out.startswith("3 prompts")  # the second epoch has the same ones
@@ -265,16 +266,16 @@ BAD += [
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_row_in_the_middle(opened, bad):
     rows = [*words(3), bad, *words(3, first=3)]
-    loader = PromptLoader(opened(rows).train, batch_size=3, shuffle=False)
+    loader = RowLoader(opened(rows).train, batch_size=3, shuffle=False)
     next(loader)
     before = loader.state()
     with pytest.raises(BadRow, match=r"0\.jsonl:4: ") as caught:
         next(loader)
     assert "\n" not in str(caught.value) and loader.state() == before
-    skipping = PromptLoader(opened(rows, on_bad_row="skip").train, batch_size=3, shuffle=False)
+    skipping = RowLoader(opened(rows, on_bad_row="skip").train, batch_size=3, shuffle=False)
     skipping.restore(before)  # a run that a bad row has ended goes on
     assert numbers(next(skipping)) == [3, 4, 5]
-    assert skipping.left_out.startswith("1 bad rows skipped, the first ") and "0.jsonl:4: " in skipping.left_out
+    assert skipping.left_out.startswith("1 bad prompts skipped, the first ") and "0.jsonl:4: " in skipping.left_out
 
 
 def test_a_bad_first_row_is_found_at_once(opened):
@@ -290,12 +291,12 @@ def test_an_epoch_without_a_prompt_is_an_error(opened, shuffle, num_epochs):
     rows = [{"prompt": "a" * 70}] * 5 + [{"n": 1}]
     source = opened(rows, on_bad_row="skip").train
     with pytest.raises(ValueError, match=r"not one of 6 prompts can be used, the last: .*0\.jsonl:\d: "):
-        next(PromptLoader(source, batch_size=2, shuffle=shuffle, num_epochs=num_epochs))
+        next(RowLoader(source, batch_size=2, shuffle=shuffle, num_epochs=num_epochs))
 
 
 def test_one_prompt_among_many_that_are_too_long(opened):
     source = opened([{"prompt": "a" * 70}] * 20 + words(1)).train
-    assert [numbers(batch) for batch in itertools.islice(PromptLoader(source, batch_size=3), 4)] == [[0] * 3] * 4
+    assert [numbers(batch) for batch in itertools.islice(RowLoader(source, batch_size=3), 4)] == [[0] * 3] * 4
 
 
 MIXED = {"weights": (3, 1)}
@@ -307,14 +308,14 @@ def test_a_state_goes_on_bit_for_bit_in_any_number_of_processes(opened, mixture)
     for number in (0, 5, 22):
         first[number]["prompt"] = "a" * 70
     source = opened(first, second, **mixture).train
-    whole = list(itertools.islice(PromptLoader(source, batch_size=4), 30))
+    whole = list(itertools.islice(RowLoader(source, batch_size=4), 30))
     for before in (0, 1, 4, 11):
-        loaders = [PromptLoader(source, batch_size=4, process_index=i, process_count=2) for i in range(2)]
+        loaders = [RowLoader(source, batch_size=4, process_index=i, process_count=2) for i in range(2)]
         halves = [list(itertools.islice(loader, before)) for loader in loaders]
         assert [[*one, *two] for one, two in zip(*halves)] == whole[:before]
         state = json.loads(json.dumps(loaders[0].state()))
         assert loaders[1].state() == state
-        loader = PromptLoader(source, batch_size=4)
+        loader = RowLoader(source, batch_size=4)
         next(loader)
         loader.restore(state)
         assert loader.left_out == loaders[0].left_out
@@ -323,15 +324,15 @@ def test_a_state_goes_on_bit_for_bit_in_any_number_of_processes(opened, mixture)
 
 def test_taking_some_counts_prompts(opened):
     source = opened(words(11)).train
-    whole = numbers(PromptLoader(source, batch_size=40).take(30))
-    loader = PromptLoader(source, batch_size=4)
+    whole = numbers(RowLoader(source, batch_size=40).take(30))
+    loader = RowLoader(source, batch_size=4)
     found = numbers([*next(loader), *loader.take(3), *loader.take(1)])
-    again = PromptLoader(source, batch_size=4)
+    again = RowLoader(source, batch_size=4)
     again.restore(loader.state())
     assert found + numbers([*next(again), *again.take(9)]) == whole[:21]
     again.seek(13)
     assert numbers(again.take(5)) == whole[13:18]
-    sharded = PromptLoader(source, batch_size=4, process_index=1, process_count=2)
+    sharded = RowLoader(source, batch_size=4, process_index=1, process_count=2)
     assert numbers(sharded.take(6)) == whole[3:6]
     with pytest.raises(ValueError, match="3 prompts cannot be shared evenly by 2 processes"):
         sharded.take(3)
@@ -341,10 +342,10 @@ def test_an_interrupt_anywhere_loses_nothing(opened):
     rows = words(9)
     rows[4]["prompt"] = "a" * 70
     source = opened(rows).train
-    expected = [numbers(batch) for batch in itertools.islice(PromptLoader(source, batch_size=3), 5)]
+    expected = [numbers(batch) for batch in itertools.islice(RowLoader(source, batch_size=3), 5)]
     interrupted = 0
     for moment in range(4000):
-        loader, calls = PromptLoader(source, batch_size=3), 0
+        loader, calls = RowLoader(source, batch_size=3), 0
         next(loader)
 
         def interrupt(frame, event, arg, moment=moment):
@@ -375,14 +376,14 @@ def test_a_mixture_keeps_its_shares_of_usable_prompts(opened):
     for row in first[::2]:
         row["prompt"] = "a" * 70
     source = opened(first, second, weights=(3, 1)).train
-    found = numbers(PromptLoader(source, batch_size=80).take(80))
+    found = numbers(RowLoader(source, batch_size=80).take(80))
     for stop in range(4, 81, 4):
         assert sum(n >= 100 for n in found[:stop]) == stop // 4
     assert Counter(n for n in found if n >= 100) == dict.fromkeys(range(100, 105), 4)
-    one = PromptLoader(source, batch_size=100, num_epochs=1)
+    one = RowLoader(source, batch_size=100, num_epochs=1)
     assert len(one.take(100)) in range(18, 23)  # five of the second data set, and three times as many of the first
     with pytest.raises(ValueError, match="not one of 5 prompts can be used"):
-        PromptLoader(opened(words(9), [{"prompt": "a" * 70}] * 5, **MIXED).train, batch_size=8).take(8)
+        RowLoader(opened(words(9), [{"prompt": "a" * 70}] * 5, **MIXED).train, batch_size=8).take(8)
 
 
 def test_the_held_out_part_is_never_trained_on(opened):
@@ -413,7 +414,7 @@ def test_a_validation_set_of_its_own(opened, tmp_path):
 
 def test_a_state_of_other_prompts_is_refused(opened):
     def loader(rows, batch_size=2, seed=0, **options):
-        return PromptLoader(opened(rows, **options).train, batch_size=batch_size, seed=seed)
+        return RowLoader(opened(rows, **options).train, batch_size=batch_size, seed=seed)
 
     state = loader(words(5)).state()
     for same in (loader(words(5)), loader(words(5), on_bad_row="skip")):
@@ -461,7 +462,7 @@ def test_opening_tokenises_nothing_but_the_first_row(tmp_path, tokenizer):
     config = PromptConfig(train=str(tmp_path / "many.jsonl"), max_prompt_length=64, validation_fraction=0.01)
     start = time.monotonic()
     data = open_prompts(config, Watched(), template=CHAT, seed=0)
-    loader = PromptLoader(data.train, batch_size=4)
+    loader = RowLoader(data.train, batch_size=4)
     assert len(data.train) == count * 99 // 100 and time.monotonic() - start < 60
     read.clear()
     next(loader)
@@ -498,7 +499,7 @@ def test_settings_that_cannot_be(changes, error):
 )
 def test_loaders_that_cannot_be(opened, options, error):
     with pytest.raises(ValueError, match=error):
-        PromptLoader(opened(words(3)).train, **options)
+        RowLoader(opened(words(3)).train, **options)
 
 
 def test_missing_and_empty_data(opened, tmp_path, tokenizer):
@@ -521,7 +522,7 @@ def test_real_questions(assets_dir):
         assert tokenizer.decode(prompt.ids, skip_special=True) == f"Question: {rows[index]['question']}\nAnswer:"
         assert prompt.ids[0] == tokenizer.bos_id and prompt.ids.count(tokenizer.bos_id) == 1
     source = open_asset(assets_dir, "gsm8k/train.jsonl", tokenizer, template, max_prompt_length=200).train
-    loader = PromptLoader(source, batch_size=16)
+    loader = RowLoader(source, batch_size=16)
     assert max(len(prompt.ids) for prompt in loader.take(64)) <= 200 and "longer than 200 tokens" in loader.left_out
 
 
@@ -560,6 +561,6 @@ def test_real_preferences_and_tools_with_a_real_template(assets_dir):
     with pytest.raises(
         ValueError, match=r"glaive_toolcall_en_demo\.json:\d+: .*no place for tools|takes plain text only"
     ):
-        PromptLoader(
-            open_asset(assets_dir, name, tokenizer, choose_template(tokenizer, "qa")).train, batch_size=99
-        ).take(99)
+        RowLoader(open_asset(assets_dir, name, tokenizer, choose_template(tokenizer, "qa")).train, batch_size=99).take(
+            99
+        )

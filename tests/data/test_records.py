@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from data.records import FORMATS, ChatRecord, CompletionRecord, PreferenceRecord, TextRecord, normalize
+from data.records import (
+    FORMATS,
+    ChatRecord,
+    CompletionRecord,
+    PreferenceRecord,
+    TextRecord,
+    UnpairedRecord,
+    normalize,
+    normalize_preference,
+)
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Ho"}
@@ -90,6 +99,52 @@ def test_preferences_of_messages(row):
     assert normalize(row) == pair((USER,), (ANSWER,), (OTHER,))
     assert normalize(row | {"tools": list(TOOLS)}) == pair((USER,), (ANSWER,), (OTHER,), tools=TOOLS)
     assert normalize(row | {"system": "Be brief."}) == pair((SYSTEM, USER), (ANSWER,), (OTHER,))
+    assert normalize_preference(row | {"margin": 2, "label": 3}) == pair((USER,), (ANSWER,), (OTHER,), margin=2.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"prompt": "Hi", "completion": " there"}, "Hi", " there"),
+        ({"prompt": [USER], "completion": [ANSWER]}, (USER,), (ANSWER,)),
+        ({"prompt": [USER, OTHER], "completion": [ANSWER, USER, OTHER]}, (USER, OTHER), (ANSWER, USER, OTHER)),
+        ({"messages": [SYSTEM, USER, OTHER, USER, ANSWER]}, (SYSTEM, USER, OTHER, USER), (ANSWER,)),
+        ({"conversations": [said("human", "Hi"), said("gpt", "Ho")], "system": "Be brief."}, (SYSTEM, USER), (ANSWER,)),
+        ({"instruction": "Hi", "input": "", "output": "Ho"}, (USER,), (ANSWER,)),
+        ({"question": "Hi", "answer": "Ho"}, (USER,), (ANSWER,)),
+    ],
+)
+@pytest.mark.parametrize("desirable", [True, False])
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+def test_unpaired_preferences(row, prompt, completion, desirable, key):
+    record = UnpairedRecord(prompt=prompt, completion=completion, desirable=desirable)
+    assert normalize_preference(row | {key: desirable, "margin": 1}) == record
+
+
+def test_tools_of_unpaired_preferences():
+    row = {"messages": [USER, ANSWER], "tools": list(TOOLS), "label": True}
+    assert normalize_preference(row).tools == TOOLS
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"messages": [USER, ANSWER]}, "a preference has chosen and rejected, or one of label and kto_tag"),
+        ({"messages": [USER, ANSWER], "label": True, "kto_tag": True}, "or one of label and kto_tag"),
+        ({"messages": [USER, ANSWER], "label": 1}, "label must be true or false, got 1"),
+        ({"messages": [USER, ANSWER, USER], "label": True}, "does not end with an answer of the assistant"),
+        ({"messages": [ANSWER], "label": True}, "the assistant speaks first"),
+        ({"text": "a", "label": True}, "a text has no prompt"),
+        ({"prompt": "a", "label": True}, "fits no format"),
+        ({"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}, "formats completion, preference"),
+        ({"prompt": "a", "chosen": "c", "rejected": "d", "margin": True}, "margin must be a number, got True"),
+        ({"prompt": "a", "chosen": "c", "rejected": "d", "margin": float("nan")}, "margin must be a number, got nan"),
+    ],
+)
+def test_rows_that_prefer_nothing(row, why):
+    with pytest.raises(ValueError, match=why) as caught:
+        normalize_preference(row)
+    assert "\n" not in str(caught.value) and all(repr(key) in str(caught.value) for key in row)
 
 
 def test_an_implicit_prompt_is_all_that_is_common():
