@@ -1,4 +1,4 @@
-"""Reward functions that come with the library: of a completion's text, or of its length in tokens.
+"""Reward functions that come with the library: of a completion's text, of its length in tokens, or by a reward model.
 
 Each is a dataclass of its options, and its instances are called as rewards are: with `completions`, texts or lists of
 messages, `completion_ids`, and the columns of the data; they return a number for each completion, or None where they do
@@ -19,6 +19,7 @@ import jsonschema_specifications
 import regex
 
 from trainers.answers import answered_number, behind, reference_number
+from trainers.reward_model import RewardModel
 
 _SECONDS = 1.0  # that a pattern may search a completion before it counts as not found
 
@@ -249,6 +250,7 @@ FUNCTIONS: Mapping[str, Callable[..., Callable[..., list[Any]]]] = MappingProxyT
         "overlong": Overlong,
         "regex": Regex,
         "json_schema": JsonSchema,
+        "reward_model": RewardModel,
     }
 )
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from models.llama.config import LlamaConfig, config_from_hf
+from models.llama.config import LlamaConfig, config_from_hf, gives_scores
 from models.llama.files import StoredTensor, Tensor, join, open_indexed, open_safetensors, read_json
 from models.llama.llama2c import is_llama2c, open_llama2c, read_header
 from models.llama.meta_config import config_from_llama2c, config_from_meta
 from models.llama.model import LLaMa
-from models.llama.names import HUGGING_FACE, META, Layout, Stored, layout, parameter_name, tensors_of
+from models.llama.names import HUGGING_FACE, META, SCORE, Layout, Stored, layout, parameter_name, tensors_of
 from models.llama.pth import open_pth
 
 _COMPARED_BYTES = 16 * 2**20
@@ -27,20 +27,22 @@ _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope\.freqs")
 class Checkpoint:
     """An opened checkpoint, no numbers read yet, that has been found to be whole.
 
-    `names` says which of `tensors` each parameter is; there may be others, to be ignored.
+    `names` says which of `tensors` each parameter is; there may be others, to be ignored. With `scores` one of them is
+    `SCORE`, the head of a network that has no logits.
     """
 
     path: Path
     config: LlamaConfig
     tensors: Mapping[str, Tensor]
     names: Mapping[str, Stored]
+    scores: bool = False
 
 
 def load_config(path: str | Path) -> LlamaConfig:
     """The config of a checkpoint, read without its weights as far as its layout allows. Raises as `open_checkpoint`."""
     found = _recognise(Path(path))
     if found.name == "config.json":
-        return _config_from_hf(found)
+        return _config_from_hf(found)[0]
     if found.name == "params.json":
         return _open_meta(found).config
     return config_from_llama2c(read_header(found))
@@ -49,8 +51,9 @@ def load_config(path: str | Path) -> LlamaConfig:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at a path: a Hugging Face or Meta folder, a `.safetensors` or a llama2.c file.
 
-    Raises FileNotFoundError for a missing path, file or part; ValueError, naming file and tensor, for files that are
-    damaged, do not fit their config, or describe a network that ours is not.
+    It may be of a network with scores in place of logits. Raises FileNotFoundError for a missing path, file or part;
+    ValueError, naming file and tensor, for files that are damaged, do not fit their config, or describe a network that
+    ours is not.
     """
     found = _recognise(Path(path))
     if found.name == "config.json":
@@ -86,10 +89,11 @@ def _recognise(path: Path) -> Path:
     return candidates[0]
 
 
-def _config_from_hf(path: Path) -> LlamaConfig:
+def _config_from_hf(path: Path) -> tuple[LlamaConfig, bool]:
+    """The config, and whether the network has scores in place of logits."""
     raw = read_json(path)
     try:
-        return config_from_hf(raw)
+        return config_from_hf(raw), gives_scores(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except _MALFORMED as error:
@@ -97,7 +101,7 @@ def _config_from_hf(path: Path) -> LlamaConfig:
 
 
 def _open_hf(config_path: Path, path: Path) -> Checkpoint:
-    config, folder = _config_from_hf(config_path), config_path.parent
+    (config, scores), folder = _config_from_hf(config_path), config_path.parent
     ways: dict[str, Callable[[Path], dict[str, StoredTensor]]] = {
         "model.safetensors": open_safetensors,
         "model.safetensors.index.json": partial(open_indexed, open_file=open_safetensors),
@@ -114,7 +118,9 @@ def _open_hf(config_path: Path, path: Path) -> Checkpoint:
     names = HUGGING_FACE
     if "embed_tokens.weight" in tensors:
         names = {key: replace(s, name=s.name.removeprefix("model.")) for key, s in names.items()}
-    return Checkpoint(folder, config, _without_copy(tensors, config, names), names)
+    if scores:  # where a training left the output matrix in the file, no score depends on it
+        tensors = {name: tensor for name, tensor in tensors.items() if name != names["unembed_DV"].name}
+    return Checkpoint(folder, config, _without_copy(tensors, config, names), names, scores)
 
 
 def _open_meta(params_path: Path) -> Checkpoint:
@@ -188,6 +194,8 @@ def _expected(config: LlamaConfig, names: Mapping[str, Stored]) -> list[tuple[st
 def _check(checkpoint: Checkpoint) -> None:
     """Raise ValueError unless exactly the network's tensors are there, in their shapes and a type of weights."""
     expected = {tensor: layout_ for _, tensor, layout_ in _expected(checkpoint.config, checkpoint.names)}
+    if checkpoint.scores:
+        expected[SCORE.name] = layout("score_D", SCORE, checkpoint.config)
     if missing := [name for name in expected if name not in checkpoint.tensors]:
         raise ValueError(f"{checkpoint.path}: missing {_some(missing)}")
     unexpected = sorted(n for n in checkpoint.tensors if n not in expected and not _HARMLESS.fullmatch(n))

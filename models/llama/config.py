@@ -101,6 +101,14 @@ _ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 
+# Of the same networks with scores of texts in place of logits.
+_SCALAR_ARCHITECTURES = {
+    "LlamaForSequenceClassification": "llama",
+    "MistralForSequenceClassification": "mistral",
+    "Qwen2ForSequenceClassification": "qwen2",
+    "Qwen3ForSequenceClassification": "qwen3",
+}
+
 _ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
@@ -115,11 +123,11 @@ _READ_KEYS = frozenset(
     "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters "
     "tie_word_embeddings hidden_act attention_bias mlp_bias sliding_window use_sliding_window max_window_layers "
-    "layer_types initializer_range".split()
+    "layer_types initializer_range num_labels id2label".split()
 )
 
 _KINDS: dict[str, tuple[str, ...]] = {
-    "an object": ("rope_scaling", "rope_parameters", "quantization_config"),
+    "an object": ("rope_scaling", "rope_parameters", "quantization_config", "id2label"),
     "a list of strings": ("architectures", "layer_types"),
     "a string": ("model_type", "hidden_act"),
     "true or false": ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
@@ -134,6 +142,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
         "num_key_value_heads",
         "head_dim",
         "max_position_embeddings",
+        "num_labels",
     ),
 }
 
@@ -142,7 +151,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
 _HARMLESS_KEYS = frozenset(
     "_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash transformers_version auto_map "
     "transformers.js_config torch_dtype dtype use_cache return_dict output_attentions output_hidden_states "
-    "attention_dropout hidden_dropout classifier_dropout id2label label2id problem_type finetuning_task "
+    "attention_dropout hidden_dropout classifier_dropout label2id problem_type finetuning_task "
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id forced_bos_token_id "
     "forced_eos_token_id tokenizer_class prefix task_specific_params pretraining_tp use_mrope rope_interleaved "
     "is_llama_config unsloth_fixed unsloth_version chunk_size_feed_forward gradient_checkpointing "
@@ -158,8 +167,9 @@ _HARMLESS_KEYS = frozenset(
 def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     """The config that a Hugging Face `config.json`, as parsed, describes (classic keys and those of transformers 5).
 
-    Raises ValueError for an unsupported architecture, quantised weights, a missing key, and any key that is not known
-    to leave the forward pass alone.
+    That of a network that `gives_scores` has tied embeddings, as there is no output matrix. Raises ValueError for an
+    unsupported architecture, quantised weights, a missing key, and any key that is not known to leave the forward pass
+    alone, and as `gives_scores`.
     """
     _check_kinds(raw)
     family = _family(raw)
@@ -200,7 +210,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
         rms_norm_eps=values.get("rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        tie_embeddings=values.get("tie_word_embeddings", False),
+        tie_embeddings=gives_scores(raw) or values.get("tie_word_embeddings", False),
         activation=_ACTIVATION_NAMES[values.get("hidden_act", "silu")],
         gated=True,
         qkv_bias=family == "qwen2" or attention_bias,
@@ -210,6 +220,20 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
         layer_windows=_windows_from_hf(family, values),
         initializer_range=values.get("initializer_range", 0.02),
     )
+
+
+def gives_scores(raw: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is that of a network with a score of a text in place of logits.
+
+    Raises ValueError for several labels; without a word about them there are two, as in transformers.
+    """
+    name = next(iter(raw.get("architectures") or ()), None)
+    if name not in _SCALAR_ARCHITECTURES:
+        return False
+    labels = len(raw.get("id2label") or ()) or raw.get("num_labels") or 2
+    if labels != 1:
+        raise ValueError(f"{name} of {labels} labels is not supported: a reward model or critic has 1")
+    return True
 
 
 def _check_kinds(raw: Mapping[str, Any]) -> None:
@@ -236,8 +260,8 @@ def _is_kind(value: Any, kind: str) -> bool:
     return whole and (value > 0 or kind == "a whole number")
 
 
-def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
-    """The `config.json` of the Hugging Face architecture that computes the same.
+def config_to_hf(config: LlamaConfig, *, scores: bool = False) -> dict[str, Any]:
+    """The `config.json` of the Hugging Face architecture that computes the same, with `scores` in place of logits.
 
     Raises ValueError where none of llama, mistral, qwen2 and qwen3 does.
     """
@@ -249,7 +273,8 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
             f"{context}: config.json has only one number for both"
         )
     windows = {window for window in config.layer_windows if window is not None}
-    architecture = {v: k for k, v in reversed(_ARCHITECTURES.items())}[family]
+    names = _SCALAR_ARCHITECTURES if scores else _ARCHITECTURES
+    architecture = {v: k for k, v in reversed(names.items())}[family]
     raw: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": family,
@@ -279,6 +304,8 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         raw["sliding_window"] = next(iter(windows), None)
         raw["max_window_layers"] = config.num_layers
         raw["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in config.layer_windows]
+    if scores:
+        raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return raw
 
 
@@ -286,9 +313,10 @@ def _family(raw: Mapping[str, Any]) -> str:
     """llama, mistral, qwen2 or qwen3, by `architectures`, else by `model_type`."""
     names = raw.get("architectures") or []
     if names:
-        if names[0] not in _ARCHITECTURES:
-            raise ValueError(f"architecture {names[0]} is not supported; known: {', '.join(_ARCHITECTURES)}")
-        return _ARCHITECTURES[names[0]]
+        known = _ARCHITECTURES | _SCALAR_ARCHITECTURES
+        if names[0] not in known:
+            raise ValueError(f"architecture {names[0]} is not supported; known: {', '.join(known)}")
+        return known[names[0]]
     if raw.get("model_type") not in _DEFAULTS:
         raise ValueError(f"model_type {raw.get('model_type')!r} is not supported; known: {', '.join(_DEFAULTS)}")
     return raw["model_type"]

@@ -1,6 +1,7 @@
 """Random weights, made where they are to lie."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from models.llama.names import is_stacked, letters_of, parameter_name
 from utils.shapes import Array, DTypeLike
 from utils.sharding import shardings
 
+_T = TypeVar("_T")
+
 
 def parameter_shardings(model: Any, mesh: Mesh) -> Any:
-    """How the parameters of a network lie on a mesh, adapters too.
+    """How the parameters of a network lie on a mesh, adapters too, and those of whatever has networks as parts.
 
     Raises ValueError, with the name, for one that the mesh cannot cut.
     """
@@ -35,9 +38,11 @@ def random_model(config: LlamaConfig, *, key: Array, dtype: DTypeLike = jnp.floa
     Raises ValueError where the mesh cannot cut a parameter.
     """
 
-    def make(key: Array) -> LLaMa:
-        return LLaMa(config, key=key, dtype=dtype)
+    return made_on(mesh, lambda key: LLaMa(config, key=key, dtype=dtype), key)
 
+
+def made_on(mesh: Mesh | None, make: Callable[[Array], _T], key: Array) -> _T:
+    """make(key), of parameters made on the devices that hold them. Raises ValueError as `parameter_shardings` does."""
     if mesh is None:
         return jax.jit(make)(key)
     shapes = jax.eval_shape(make, key)

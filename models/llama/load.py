@@ -44,9 +44,19 @@ def load_pretrained(
     enabled. On a `mesh` parameters lie as `utils.sharding` has it, otherwise on the default device.
 
     Raises FileNotFoundError for a missing path, file or part; ValueError, naming file and tensor, for files that are
-    damaged, do not fit their config, or describe a network that ours is not, and for weights that the mesh cannot cut.
+    damaged, do not fit their config, or describe a network that ours is not, as one with scores in place of logits is
+    none, and for weights that the mesh cannot cut.
     """
     checkpoint = open_checkpoint(path)
+    if checkpoint.scores:
+        raise ValueError(f"{path}: a reward model or critic, which gives texts a score and has no next tokens to tell")
+    return load_network(checkpoint, dtype=dtype, mesh=mesh)
+
+
+def load_network(
+    checkpoint: Checkpoint, *, dtype: jax.typing.DTypeLike | None = jnp.float32, mesh: Mesh | None = None
+) -> LLaMa:
+    """The network of an opened checkpoint, without the head that it may have for scores; all else as above."""
     dtype = _stored_dtype(checkpoint) if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"weights cannot be {dtype}: choose float32, bfloat16 or float16")

@@ -2,9 +2,9 @@
 
 A parameter is named by its path in `models.llama.model.LLaMa`; its suffix letters are its axes, behind L in the blocks.
 A stored tensor's axes are given as groups of letters, a group being one stored dimension: "NH D" is a matrix of N * H
-rows and D columns. Letters as in `utils.ops`, and two more for Meta's order of query and key rows: there a head's rows
-are pairs, so H is written PR, R being the two components of a rotary pair; in ours H is RP, all first components
-in front of all second ones.
+rows and D columns, and "1 D" a single row, of a parameter that is a vector. Letters as in `utils.ops`, and two more for
+Meta's order of query and key rows: there a head's rows are pairs, so H is written PR, R being the two components of a
+rotary pair; in ours H is RP, all first components in front of all second ones.
 """
 
 import math
@@ -52,6 +52,9 @@ HUGGING_FACE: Mapping[str, Stored] = {
     "unembed_DV": Stored("lm_head.weight", "V D"),
 }
 
+# The head of `models.llama.scalar.ScalarLLaMa`, score_D, beside the tensors of its network in Hugging Face's files.
+SCORE = Stored("score.weight", "1 D")
+
 # Meta's files and llama2.c's.
 META: Mapping[str, Stored] = {
     "embed_VD": Stored("tok_embeddings.weight", "V D"),
@@ -73,7 +76,8 @@ META: Mapping[str, Stored] = {
 class Layout:
     """How one layer of a parameter and its stored tensor turn into each other, on numpy arrays.
 
-    `letters` are the parameter's axes without L, `axes` the stored ones, `size` the size of each letter's axis.
+    `letters` are the parameter's axes without L, behind the 1 of a single row, `axes` the stored ones, `size` the size
+    of each letter's axis.
     """
 
     letters: str
@@ -128,8 +132,9 @@ def layout(parameter: str, stored: Stored, config: LlamaConfig) -> Layout:
         "H": config.head_dim,
         "P": config.head_dim // 2,
         "R": 2,
+        "1": 1,
     }
-    return Layout(letters_of(parameter), stored.axes, size)
+    return Layout("1" * stored.axes.count("1") + letters_of(parameter), stored.axes, size)
 
 
 def letters_of(parameter: str) -> str:
@@ -150,5 +155,6 @@ def tensors_of(parameter: str, stored: Stored, config: LlamaConfig) -> list[str]
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
-    """The name of the parameter at a leaf's path in the module."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    """The name of the parameter at a leaf's path in the module: its path in the network, also where that is a part."""
+    *outer, last = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value").split(".")
+    return ".".join([*outer[outer.index("blocks") :], last] if "blocks" in outer else [last])

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from models.llama.config import config_to_hf
 from models.llama.files import read_json, write_safetensors
 from models.llama.model import LLaMa
-from models.llama.names import HUGGING_FACE, Layout, is_stacked, layout, parameter_name, tensors_of
+from models.llama.names import HUGGING_FACE, SCORE, Layout, is_stacked, layout, parameter_name, tensors_of
 from utils.distributed import exchange, is_first, on_host, spans_processes
 
 TOKENIZER_FILES = (
@@ -35,6 +36,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _INDEX = "model.safetensors.index.json"
 _OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PARTIAL = ".partial"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,35 @@ def save_pretrained(
     Raises ValueError for a network that no Hugging Face architecture describes or that has adapters, NotADirectoryError
     where a path is a file, FileNotFoundError where `tokenizer_from` is not there.
     """
+    if model.blocks.adapters is not None:
+        raise ValueError("the network has adapters: write them with save_peft, or merge_lora first")
+    config = config_to_hf(model.config) | token_ids(tokenizer_from)
+    write_checkpoint(model, config, path, dtype=dtype, tokenizer_from=tokenizer_from, max_shard_bytes=max_shard_bytes)
+
+
+def write_checkpoint(
+    model: Any,
+    config: Mapping[str, Any],
+    path: str | Path,
+    *,
+    dtype: jax.typing.DTypeLike | None,
+    tokenizer_from: str | Path | None,
+    max_shard_bytes: int,
+    tokenizer_config: Mapping[str, Any] = _NOTHING,
+) -> None:
+    """Write a network, or one with a head, with that `config.json`, as `save_pretrained` says.
+
+    `tokenizer_config` is laid over the `tokenizer_config.json` that is copied. The type that `config.json` states is
+    the network's own: a head may be wider.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; a checkpoint is a folder")
-    if model.blocks.adapters is not None:
-        raise ValueError("the network has adapters: write them with save_peft, or merge_lora first")
-    copied = _tokenizer_files(tokenizer_from)
+    changes = {"tokenizer_config.json": tokenizer_config}
+    copied = {file: changes.get(file.name, _NOTHING) for file in _tokenizer_files(tokenizer_from)}
     sources = _sources(model, None if dtype is None else jnp.dtype(dtype))
-    config = config_to_hf(model.config) | _token_ids(tokenizer_from)
-    config["torch_dtype"] = jnp.result_type(*(source.dtype for source in sources.values())).name
+    stated = jnp.result_type(*(source.dtype for tensor, source in sources.items() if tensor != SCORE.name))
+    config = {**config, "torch_dtype": stated.name}
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
 
@@ -104,7 +126,7 @@ def _write(
     path: Path,
     sources: Mapping[str, _Source],
     config: Mapping[str, Any],
-    copied: list[Path],
+    copied: Mapping[Path, Mapping[str, Any]],
     tokenizer_from: str | Path | None,
     max_shard_bytes: int,
 ) -> None:
@@ -113,8 +135,11 @@ def _write(
         if _is_ours(stale.name.removesuffix(_PARTIAL)):
             stale.unlink()
     names = _write_weights(path, sources, max_shard_bytes)
-    for file in copied:
-        shutil.copyfile(file, path / (file.name + _PARTIAL))
+    for file, changes in copied.items():
+        if changes:
+            _write_json(path / (file.name + _PARTIAL), read_json(file) | changes)
+        else:
+            shutil.copyfile(file, path / (file.name + _PARTIAL))
         names.append(file.name)
     _write_json(path / f"config.json{_PARTIAL}", config)
     for name in (*names, "config.json"):
@@ -140,12 +165,12 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sources(model: LLaMa, dtype: np.dtype | None) -> dict[str, _Source]:
+def _sources(model: Any, dtype: np.dtype | None) -> dict[str, _Source]:
     """All tensors by name, in the order of the layers."""
-    sources = {}
+    sources, places = {}, {**HUGGING_FACE, "score_D": SCORE}
     for key, leaf in jax.tree_util.tree_leaves_with_path(model):
         name = parameter_name(key)
-        stored = HUGGING_FACE[name]
+        stored = places[name]
         own_layout = layout(name, stored, model.config)
         for layer, tensor in enumerate(tensors_of(name, stored, model.config)):
             sources[tensor] = _Source(leaf, layer if is_stacked(name) else None, own_layout, dtype or leaf.dtype)
@@ -187,7 +212,8 @@ def _tokenizer_files(folder: str | Path | None) -> list[Path]:
     return [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
 
 
-def _token_ids(folder: str | Path | None) -> dict[str, Any]:
+def token_ids(folder: str | Path | None) -> dict[str, Any]:
+    """What the configs of a folder say about the ids of special tokens, as keys of `config.json`."""
     ids: dict[str, Any] = dict.fromkeys(_TOKEN_IDS)
     if folder is not None:
         for name in ("config.json", "generation_config.json"):

@@ -247,9 +247,9 @@ def test_whatever_a_completion_says_it_is_only_wrong(text):
         "regex": {"pattern": "^answer$"},
         "json_schema": {"schema": '{"type": "object", "properties": {"a": {"multipleOf": 0.5}}, "required": ["a"]}'},
     }
-    for name, make in FUNCTIONS.items():
+    for name in [name for name in FUNCTIONS if name != "reward_model"]:  # which has tests of its own
         given = dict(completions=[text, chat(text)], completion_ids=[[], []], answer=["18", "18"])
-        values = make(**options.get(name, {}))(**given)
+        values = FUNCTIONS[name](**options.get(name, {}))(**given)
         wrong = {"cosine_length": -1.0}.get(name, 0.0)
         assert values == [wrong, wrong], name
         assert all(type(value) is float for value in values), name
