@@ -76,6 +76,9 @@ def measure(case: dict[str, Any], **options: Any) -> dict[str, Any]:
     from jax.sharding import AxisType, Mesh
 
     from trainers import memory_plan
+    from trainers.language_model_recipe import LanguageModelRecipe
+    from trainers.sft_trainer import SFTTrainer
+    from utils.memory import estimate as estimate_of
     from utils.sharding import AXES
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case["topology"]).devices
@@ -83,7 +86,7 @@ def measure(case: dict[str, Any], **options: Any) -> dict[str, Any]:
     config, llama = settings(case)
     with jax.set_mesh(mesh):
         trainer = make_trainer(config)
-        estimate = memory_plan.plan(config, llama, mesh)
+        estimate = estimate_of(LanguageModelRecipe(SFTTrainer).memory_step(config, llama, mesh))
         model = memory_plan.abstract_model(llama, mesh, dtype=config.model.dtype, lora=config.lora)
         state = trainer.abstract_init(model)
         batch = memory_plan.abstract_batch(config, mesh)

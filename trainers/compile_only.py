@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 from models.llama import PRESETS, LlamaConfig
 from trainers import parts
 from trainers.flops import training_flops
-from trainers.memory_plan import abstract_model
 from trainers.recipe import FullBatch, Recipe
 from trainers.settings import CommonConfig
 from utils import hlo, hlo_counts, sharding
@@ -115,7 +114,7 @@ def compile_step(recipe: Recipe, config: CommonConfig, on: Slice) -> Program:
         trainer = recipe.make_trainer(config, _STEPS)
         if trainer.compute_dtype == jnp.float16:
             raise ValueError("trainer.compute_dtype float16 is for GPUs: TPUs compute in bfloat16")
-        model = abstract_model(llama, mesh, dtype=jnp.dtype(config.model.dtype), lora=config.lora)
+        model = recipe.abstract_model(config, llama, mesh)
         state, full = trainer.abstract_init(model), recipe.full_batch(config, llama, mesh)
         adapters = None if config.lora is None else parts.size(nnx.state(model, nnx.LoRAParam))
         flops = training_flops(llama, full.lengths, adapter_params=adapters)

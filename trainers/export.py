@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
-from models.llama import LLaMa, LlamaConfig, merge_lora, save_peft, save_pretrained
+from models.llama import LlamaConfig, merge_lora, save_peft, save_pretrained
 from models.llama.config import config_from_hf
+from models.llama.scalar import ScalarLLaMa, save_scalar
 from trainers import parts
 from trainers.checkpoints import Checkpointer
 from trainers.recipe import Recipe
@@ -18,19 +20,27 @@ from utils.settings import from_dict, to_dict
 CHECKPOINTS = "checkpoints"  # in a run's output folder
 
 
-def export(model: LLaMa, folder: str | Path, *, tokenizer_path: Path, base: str | None) -> list[Path]:
-    """Write a model for others: Hugging Face's format to `hf/`, and adapters also in PEFT's to `adapter/`.
+def export(
+    networks: Mapping[str, nnx.Module], folder: str | Path, *, tokenizer_path: Path, base: str | None
+) -> list[Path]:
+    """Write networks for others in Hugging Face's format, each to the folder of its name, with its adapters merged.
 
-    Returns what has been written. Raises ValueError for a network that Hugging Face has no architecture for.
+    The adapters of a language model are also written in PEFT's format, to `adapter/`; `base` is what they were added
+    to. Returns what has been written. Raises ValueError for a network that Hugging Face has no architecture for.
     """
-    folder = Path(folder)
+    folder, written = Path(folder), []
     source = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
-    written = [folder / "hf"]
-    if model.blocks.adapters is not None:
-        save_peft(model, folder / "adapter", base_model_name_or_path=base)
-        written.append(folder / "adapter")
-        model = merge_lora(model)
-    save_pretrained(model, folder / "hf", tokenizer_from=source)
+    for name, network in networks.items():
+        if isinstance(network, ScalarLLaMa):
+            merged = ScalarLLaMa(merge_lora(network.llama), network.score_D[...])
+            save_scalar(merged, folder / name, tokenizer_from=source)
+            written.append(folder / name)
+            continue
+        written.append(folder / name)
+        if network.blocks.adapters is not None:
+            save_peft(network, folder / "adapter", base_model_name_or_path=base)
+            written.append(folder / "adapter")
+        save_pretrained(merge_lora(network), folder / name, tokenizer_from=source)
     return written
 
 
@@ -42,8 +52,9 @@ def last_step(folder: str | Path) -> int | None:
 
 def restore_model(
     recipes: Mapping[str, Recipe], folder: str | Path, step: int | None
-) -> tuple[LLaMa, CommonConfig, Path]:
-    """The model of a run's checkpoint, the run's settings and the path of its tokenizer; None is the newest step.
+) -> tuple[Mapping[str, nnx.Module], CommonConfig, Path]:
+    """The networks of a run's checkpoint, by the folders that they are exported to, the run's settings and the path of
+    its tokenizer; None is the newest step.
 
     `folder` is the run's output folder, wherever it lies now; `recipes` are those of all commands.
     Neither the run's data nor its base model are needed, and the devices may be others.
@@ -64,9 +75,10 @@ def restore_model(
         own = Path(folder) / "tokenizer"
         mesh = parts.make_mesh(MeshConfig(data=1, fsdp=-1))
         trainer = recipe.make_trainer(config, settings["num_steps"])
-        model = parts.make_random_model(config, config_from_hf(settings["network"]), mesh)
+        model = recipe.make_model(config, config_from_hf(settings["network"]), mesh, random=True)
         restored = checkpointer.restore(trainer.init(model, jax.random.key(0)), step)
-    return restored.state.model, config, own if own.is_dir() else Path(settings["tokenizer"])
+    networks = recipe.exports(restored.state.model)
+    return networks, config, own if own.is_dir() else Path(settings["tokenizer"])
 
 
 def restorable(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ from data.batch import Batch
 from models.llama import LLaMa, LlamaConfig, LoraConfig
 from models.llama.init import parameter_shardings
 from models.llama.lora import add_lora
+from models.llama.names import is_stacked, parameter_name
 from trainers import parts
+from trainers.rollouts import RolloutConfig
 from trainers.settings import CommonConfig, RunConfig
 from trainers.trainer import abstract, shardings_like
 from trainers.vocabulary import ACCELERATOR_LOGITS, CPU_LOGITS
@@ -29,9 +32,8 @@ from utils.sharding import named_sharding, size_of
 _STEPS = 10**9  # enough for any warm-up: optimizer state does not depend on it
 
 
-def report(config: CommonConfig, llama: LlamaConfig, mesh: Mesh) -> list[str]:
+def report(step: memory.Step, mesh: Mesh) -> list[str]:
     """Lines for the start of a run: the table, the largest batch that fits, and a warning where the run's does not."""
-    step = step_of(config, llama, mesh)
     estimate, available = memory.estimate(step), capacity(mesh)
     lines = memory.table(estimate)
     if available is None:
@@ -43,9 +45,7 @@ def report(config: CommonConfig, llama: LlamaConfig, mesh: Mesh) -> list[str]:
         rollout = step.rollout and dataclasses.replace(step.rollout, rows=max(1, round(step.rollout.rows * scale)))
         return memory.estimate(dataclasses.replace(step, rows=rows, rollout=rollout))
 
-    most, what = memory.largest(of_rows, capacity=available, multiple=multiple), "rows"
-    if step.rollout is not None:
-        what = "completions"
+    most, what = memory.largest(of_rows, capacity=available, multiple=multiple), step.rows_are
     fits = (
         f"the largest batch that fits has {most:,} {what}" if most else f"not even a batch of {multiple:,} {what} fits"
     )
@@ -72,19 +72,46 @@ def capacity(mesh: Mesh) -> int | None:
         return None
 
 
-def plan(config: CommonConfig, llama: LlamaConfig, mesh: Mesh) -> memory.Estimate:
-    """The estimate for a run's step. Raises ValueError where the mesh cannot cut a parameter."""
-    return memory.estimate(step_of(config, llama, mesh))
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the memory of a step depends on beside the sizes of its batch.
+
+    `model` is the run's, with shapes and shardings in place of arrays; `compute` the dtype that is computed in.
+    """
+
+    config: CommonConfig
+    llama: LlamaConfig
+    mesh: Mesh
+    model: nnx.Module
+    compute: np.dtype
+    platform: str
+
+    def frozen_bytes(self, model: nnx.Module) -> int:
+        """Bytes on a device of another network, in the dtype that is computed in."""
+        leaves = [abstract(leaf, leaf.sharding, self.compute) for leaf in jax.tree.leaves(model)]
+        return device_bytes(leaves, platform=self.platform)
+
+    def attention(self, chosen: str, length: int) -> str:
+        """The implementation for rows of that length that "auto" stands for."""
+        return _attention(chosen, self.llama, length, self.compute, self.mesh)
 
 
-def step_of(config: CommonConfig, llama: LlamaConfig, mesh: Mesh) -> memory.Step:
-    """What of the settings decides on the memory of a step."""
+def step_of(
+    config: CommonConfig,
+    llama: LlamaConfig,
+    mesh: Mesh,
+    *,
+    model: nnx.Module,
+    sizes: Callable[[Setting], Mapping[str, Any]],
+) -> memory.Step:
+    """What of the settings decides on the memory of a step; `sizes` gives what the algorithm's batches decide.
+
+    Raises ValueError where the mesh cannot cut a parameter.
+    """
     platform = _platform(mesh)
     with jax.set_mesh(mesh):
         options = parts.trainer_options(config, _STEPS)
-    model = abstract_model(llama, mesh, dtype=jnp.dtype(config.model.dtype), lora=config.lora)
-    compute = _compute_dtype(config, platform)
-    own = _tuning if isinstance(config, RunConfig) else _reinforcing
+    compute = compute_dtype(config, mesh)
     return memory.Step(
         network=_network(llama),
         held=_held(model, options["optimizer"], options["trainable"], compute, platform),
@@ -95,45 +122,44 @@ def step_of(config: CommonConfig, llama: LlamaConfig, mesh: Mesh) -> memory.Step
         stored=jnp.dtype(config.model.dtype).itemsize,
         chunk=CPU_LOGITS if platform == "cpu" else ACCELERATOR_LOGITS,
         trains_all=config.lora is None,
-        **own(config, llama, mesh, model, compute),
+        **sizes(Setting(config, llama, mesh, model, compute, platform)),
     )
 
 
-def _tuning(config: RunConfig, llama: LlamaConfig, mesh: Mesh, model: LLaMa, compute: np.dtype) -> dict[str, Any]:
-    T = config.data.sequence_length
+def tuning(setting: Setting) -> dict[str, Any]:
+    """Rows of packed texts."""
+    config, T = setting.config, setting.config.data.sequence_length
     return dict(
         rows=config.trainer.batch_size,
         length=T,
         remat=config.loss.remat,
-        attention=_attention(config.loss.attention, llama, T, compute, mesh),
+        attention=setting.attention(config.loss.attention, T),
     )
 
 
-def _reinforcing(config: Any, llama: LlamaConfig, mesh: Mesh, model: LLaMa, compute: np.dtype) -> dict[str, Any]:
+def behind_prompts(setting: Setting, *, completions: int, max_completion_length: int) -> dict[str, Any]:
     """Rows are completions; each has its share of the prompt that it goes on from, or the whole."""
-    own, prompt = config.rollout, config.data.max_prompt_length
-    places = prompt + own.max_completion_length
-    with jax.set_mesh(mesh):
-        share = own.completions if config.policy.shares_prompts else 1
-    drawn = config.trainer.batch_size * config.experience.updates_per_rollout * own.completions
-    platform = _platform(mesh)
-    policy = device_bytes(
-        [abstract(leaf, leaf.sharding, compute) for leaf in jax.tree.leaves(model)], platform=platform
-    )
-    same = jnp.dtype(config.model.dtype) == compute
-    reference = config.loss.beta and config.lora is None
+    config, prompt = setting.config, setting.config.data.max_prompt_length
+    with jax.set_mesh(setting.mesh):
+        share = completions if config.policy.shares_prompts else 1
     return dict(
-        rows=config.trainer.batch_size * own.completions,
-        length=own.max_completion_length + -(-prompt // share),
-        keys=places,
+        rows=config.trainer.batch_size * completions,
+        rows_are="completions",
+        length=max_completion_length + -(-prompt // share),
+        keys=prompt + max_completion_length,
         remat=config.policy.remat,
-        attention=_attention(config.policy.attention, llama, own.max_completion_length, compute, mesh),
-        rollout=memory.Rollout(
-            rows=min(drawn, own.rows_at_once or drawn),
-            slots=min(places, llama.max_text_length),
-            policy=0 if same else policy,
-            reference=policy if reference else 0,
-        ),
+        attention=setting.attention(config.policy.attention, max_completion_length),
+    )
+
+
+def drawing(setting: Setting, rollout: RolloutConfig, *, prompts: int, prompt_length: int, policy: nnx.Module) -> Any:
+    """What drawing the completions of so many prompts takes; `policy` is the network that draws."""
+    drawn = prompts * rollout.completions
+    same = jnp.dtype(setting.config.model.dtype) == setting.compute
+    return memory.Rollout(
+        rows=min(drawn, rollout.rows_at_once or drawn),
+        slots=min(prompt_length + rollout.max_completion_length, setting.llama.max_text_length),
+        policy=0 if same else setting.frozen_bytes(policy),
     )
 
 
@@ -142,11 +168,11 @@ def _platform(mesh: Mesh) -> str:
         return target_platform()
 
 
-def _compute_dtype(config: CommonConfig, platform: str) -> np.dtype:
-    """As `Trainer` chooses it; float32 stands for the parameters' own."""
+def compute_dtype(config: CommonConfig, mesh: Mesh) -> np.dtype:
+    """What a run computes in, as `Trainer` chooses it; float32 stands for the parameters' own."""
     chosen = config.trainer.compute_dtype
     if chosen == "auto":
-        chosen = config.model.dtype if platform == "cpu" else "bfloat16"
+        chosen = config.model.dtype if _platform(mesh) == "cpu" else "bfloat16"
     return jnp.dtype(chosen)
 
 
@@ -179,20 +205,25 @@ def _network(llama: LlamaConfig) -> memory.Network:
     )
 
 
-def _held(model: LLaMa, optimizer: Any, trainable: Any, compute: np.dtype, platform: str) -> memory.Held:
+def _held(model: nnx.Module, optimizer: Any, trainable: Any, compute: np.dtype, platform: str) -> memory.Held:
     size = functools.partial(device_bytes, platform=platform)
     trained = nnx.state(model, trainable)
     opt_state = jax.eval_shape(optimizer.init, trained)
     shardings = shardings_like(opt_state, trained)
-    blocks = nnx.state(model.blocks, trainable)
-    cast = [leaf for leaf in jax.tree.leaves(model.blocks) if leaf.dtype != compute]
+    cast = [leaf for leaf in _of_blocks(model) if leaf.dtype != compute]
     return memory.Held(
         parameters=size(model),
         optimizer=size(jax.tree.map(abstract, opt_state, shardings)),
         copy=size([abstract(leaf, leaf.sharding, compute) for leaf in cast]),
-        gradients=size([abstract(leaf, leaf.sharding, compute) for leaf in jax.tree.leaves(blocks)]),
+        gradients=size([abstract(leaf, leaf.sharding, compute) for leaf in _of_blocks(trained)]),
         sums=size([abstract(leaf, leaf.sharding, jnp.float32) for leaf in jax.tree.leaves(trained)]),
     )
+
+
+def _of_blocks(tree: Any) -> list[Any]:
+    """The arrays of the blocks of all networks in a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [leaf for path, leaf in leaves if is_stacked(parameter_name(path))]
 
 
 def abstract_model(
@@ -207,6 +238,14 @@ def abstract_model(
         model = LLaMa(llama, key=key, dtype=dtype)
         return model if lora is None else add_lora(model, lora, key=key)
 
+    return laid_out(make, mesh)
+
+
+def laid_out(make: Callable[[Any], nnx.Module], mesh: Mesh) -> Any:
+    """What a function of a random key makes of networks, with shapes and shardings in place of arrays.
+
+    Raises ValueError where the mesh cannot cut a parameter.
+    """
     shapes = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
     return jax.tree.map(abstract, shapes, parameter_shardings(shapes, mesh))
 

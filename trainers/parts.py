@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 
 from data.characters import write_character_tokenizer
 from data.datasets import texts
-from models.llama import PRESETS, LLaMa, LlamaConfig, LoraConfig, load_config, load_pretrained
+from models.llama import PRESETS, LLaMa, LlamaConfig, load_config, load_pretrained
 from models.llama.config import config_to_hf
 from models.llama.init import random_model
 from models.llama.lora import add_lora
 from models.llama.save import TOKENIZER_FILES
+from models.llama.scalar import HeadParam
 from models.llama.tokenizer import Tokenizer
 from trainers.optimizers import make_optimizer
 from trainers.settings import CommonConfig, MeshConfig, ModelConfig
@@ -51,7 +52,7 @@ def trainer_options(config: CommonConfig, num_steps: int) -> dict[str, Any]:
         accumulation_steps=config.trainer.accumulation_steps,
         max_grad_norm=config.trainer.max_grad_norm,
         compute_dtype=config.trainer.compute_dtype,
-        trainable=nnx.Param if config.lora is None else nnx.LoRAParam,
+        trainable=nnx.Param if config.lora is None else nnx.Any(nnx.LoRAParam, HeadParam),
     )
 
 
@@ -60,18 +61,20 @@ def make_model(config: CommonConfig, llama: LlamaConfig, mesh: Mesh) -> LLaMa:
     if config.model.checkpoint is None:
         return make_random_model(config, llama, mesh)
     model = load_pretrained(config.model.checkpoint, dtype=jnp.dtype(config.model.dtype), mesh=mesh)
-    return _adapted(model, config.lora, config.trainer.seed)
+    return adapted(model, config)
 
 
 def make_random_model(config: CommonConfig, llama: LlamaConfig, mesh: Mesh) -> LLaMa:
     """The same with random weights whatever the settings say: something to restore a checkpoint into."""
     key = jax.random.key(config.trainer.seed)
     model = random_model(llama, key=key, dtype=jnp.dtype(config.model.dtype), mesh=mesh)
-    return _adapted(model, config.lora, config.trainer.seed)
+    return adapted(model, config)
 
 
-def _adapted(model: LLaMa, lora: LoraConfig | None, seed: int) -> LLaMa:
-    return model if lora is None else add_lora(model, lora, key=jax.random.fold_in(jax.random.key(seed), 1))
+def adapted(model: LLaMa, config: CommonConfig) -> LLaMa:
+    """The network with the adapters that the settings want, if any."""
+    lora, key = config.lora, jax.random.key(config.trainer.seed)
+    return model if lora is None else add_lora(model, lora, key=jax.random.fold_in(key, 1))
 
 
 def network_config(config: ModelConfig, tokenizer: Tokenizer) -> LlamaConfig:

@@ -5,7 +5,7 @@ completion; N = B C.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +36,29 @@ class PolicyConfig:
         return self.prompts == "shared"
 
 
+class Completions(Protocol):
+    """A batch, as far as the model reads it.
+
+    `prompts_BS` int32 is filled from the right, `prompt_lengths_B` counts its tokens, at least 1; `completions_BCM`
+    int32 is filled from the left.
+    """
+
+    @property
+    def prompts_BS(self) -> Array: ...
+
+    @property
+    def prompt_lengths_B(self) -> Array: ...
+
+    @property
+    def completions_BCM(self) -> Array: ...
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class PolicyBatch:
-    """Completions with what is known of them. Leading axes are rows, which micro-batches and devices share out.
+    """`Completions` with what is known of them. Leading axes are rows, which micro-batches and devices share out.
 
-    `prompts_BS` int32 is filled from the right, `prompt_lengths_B` counts its tokens, at least 1; `completions_BCM`
-    int32 is filled from the left. `mask_BCM`, float32, is 1 for the tokens that count, 0 behind the end and in
+    `mask_BCM`, float32, is 1 for the tokens that count, 0 behind the end and in
     completions that are left out. `sampler_logprobs_BCM` are those that the tokens were drawn with; the others, None
     where they are not needed, as in `trainers.policy_losses.policy_loss`.
     """
@@ -60,21 +76,33 @@ class PolicyBatch:
 
 
 def completion_log_probs(
-    model: LLaMa, batch: PolicyBatch, *, temperature: float, config: PolicyConfig, key: Array | None = None
+    model: LLaMa, batch: Completions, *, temperature: float, config: PolicyConfig, key: Array | None = None
 ) -> TokenLogProbs:
     """Log-probabilities and entropies under softmax(logits / temperature) of all tokens of completions, [N, M].
 
     With a `key` the dropout of adapters is on. Places behind the end of a completion hold some finite numbers.
     """
-    hidden = _behind_shared if config.shares_prompts else _behind_repeated
-    x_NMD = hidden(model, batch, config, key)
-    N, M, _ = x_NMD.shape
-    targets_NM = batch.completions_BCM.reshape(N, M)
-    return token_log_probs(x_NMD, model.unembedding, targets_NM, temperature=temperature)
+    x_NPD = completion_states(model, batch, config=config, key=key)
+    return log_probs_behind(x_NPD, model, batch, temperature=temperature)
 
 
-def _behind_shared(model: LLaMa, batch: PolicyBatch, config: PolicyConfig, key: Array | None) -> Array:
-    """x_NMD that predict the completions: each prompt is run once, all completions behind it."""
+def log_probs_behind(x_NPD: Array, model: LLaMa, batch: Completions, *, temperature: float) -> TokenLogProbs:
+    """The same, given the states of the completions."""
+    targets_NM = batch.completions_BCM.reshape(-1, batch.completions_BCM.shape[-1])
+    return token_log_probs(x_NPD[:, :-1], model.unembedding, targets_NM, temperature=temperature)
+
+
+def completion_states(model: LLaMa, batch: Completions, *, config: PolicyConfig, key: Array | None = None) -> Array:
+    """Hidden states x_NPD, P = M + 1, of each prompt's last token and of all tokens of its completion behind it.
+
+    x_NPD[n, m] predicts the token m of completion n, x_NPD[n, m + 1] is the state at that token.
+    """
+    states = _behind_shared if config.shares_prompts else _behind_repeated
+    return states(model, batch, config, key)
+
+
+def _behind_shared(model: LLaMa, batch: Completions, config: PolicyConfig, key: Array | None) -> Array:
+    """Each prompt is run once, all completions behind it."""
     B, C, M = batch.completions_BCM.shape
     S = batch.prompts_BS.shape[1]
     places_BS = jnp.arange(S) - (S - batch.prompt_lengths_B)[:, None]
@@ -88,26 +116,22 @@ def _behind_shared(model: LLaMa, batch: PolicyBatch, config: PolicyConfig, key: 
         key=keys[0],
         **options,
     )
-    x_N1D = jnp.repeat(x_BSD[:, -1:], C, axis=0)
-    if M == 1:
-        return x_N1D
-    # The last token predicts nothing, but keeps the length even, which cuDNN would have to pad.
     tokens_NM = batch.completions_BCM.reshape(B * C, M)
     x_NMD, _ = model.hidden(tokens_NM, prefix=prefix, key=keys[1], **options)
-    return jnp.concatenate([x_N1D, x_NMD[:, :-1]], axis=1)
+    return jnp.concatenate([jnp.repeat(x_BSD[:, -1:], C, axis=0), x_NMD], axis=1)
 
 
-def _behind_repeated(model: LLaMa, batch: PolicyBatch, config: PolicyConfig, key: Array | None) -> Array:
+def _behind_repeated(model: LLaMa, batch: Completions, config: PolicyConfig, key: Array | None) -> Array:
     """The same from rows of a prompt and one completion, without a gap; what is in front of the prompt goes behind."""
     B, C, M = batch.completions_BCM.shape
     S = batch.prompts_BS.shape[1]
     prompts_NS = jnp.repeat(batch.prompts_BS, C, axis=0)
     lengths_N1 = jnp.repeat(batch.prompt_lengths_B, C)[:, None]
     tokens_NT = jnp.concatenate([prompts_NS, batch.completions_BCM.reshape(B * C, M)], axis=1)
-    T = S + M  # with the last token, which predicts nothing: an even length, which cuDNN would have to pad
+    T = S + M
     tokens_NT = jnp.take_along_axis(tokens_NT, (jnp.arange(T) + S - lengths_N1) % T, axis=1)
     x_NTD, _ = model.hidden(
         tokens_NT, lengths_B=lengths_N1[:, 0] + M, implementation=config.attention, remat=config.remat, key=key
     )
-    predicting_NM = lengths_N1 - 1 + jnp.arange(M)
-    return jnp.take_along_axis(x_NTD, predicting_NM[..., None], axis=1)
+    places_NP = lengths_N1 - 1 + jnp.arange(M + 1)
+    return jnp.take_along_axis(x_NTD, places_NP[..., None], axis=1)

@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from models.llama import LLaMa, LlamaConfig
 from models.llama.tokenizer import Tokenizer
+from trainers import parts
+from trainers.memory_plan import Setting, abstract_model, step_of
 from trainers.metrics import Throughput
 from trainers.settings import CommonConfig
 from trainers.trainer import Observer, Trainer, TrainState
+from utils.memory import Step
 
 
 class Stateful(Protocol):
@@ -73,6 +78,30 @@ class Recipe(abc.ABC):
     @abc.abstractmethod
     def make_trainer(self, config: Any, num_steps: int) -> Trainer:
         """The trainer alone: whose state a checkpoint of such a run holds."""
+
+    def make_model(self, config: Any, llama: LlamaConfig, mesh: Mesh, *, random: bool) -> nnx.Module:
+        """What is trained, from the run's checkpoint; with `random` weights something to restore a checkpoint into.
+
+        Its `config` is the network's.
+        """
+        return (parts.make_random_model if random else parts.make_model)(config, llama, mesh)
+
+    def abstract_model(self, config: Any, llama: LlamaConfig, mesh: Mesh) -> nnx.Module:
+        """The same with shapes and shardings in place of arrays."""
+        return abstract_model(llama, mesh, dtype=jnp.dtype(config.model.dtype), lora=config.lora)
+
+    def exports(self, model: Any) -> Mapping[str, nnx.Module]:
+        """The networks that are written for others when a run ends, by the name of their folder."""
+        return {"hf": model}
+
+    @abc.abstractmethod
+    def sizes(self, setting: Setting) -> Mapping[str, Any]:
+        """Fields of `utils.memory.Step` that the algorithm's batches decide."""
+
+    def memory_step(self, config: Any, llama: LlamaConfig, mesh: Mesh) -> Step:
+        """What decides on the memory of a step. Raises ValueError where the mesh cannot cut a parameter."""
+        model = self.abstract_model(config, llama, mesh)
+        return step_of(config, llama, mesh, model=model, sizes=self.sizes)
 
     @abc.abstractmethod
     def full_batch(self, config: Any, llama: LlamaConfig, mesh: Mesh) -> FullBatch:

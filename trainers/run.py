@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from data.records import BadRow
-from models.llama import LLaMa, check_vocabulary, load_tokenizer
+from models.llama import check_vocabulary, load_tokenizer
 from trainers import memory_plan, parts
 from trainers.checkpoints import Checkpointer, Restored
 from trainers.export import CHECKPOINTS, restorable
@@ -42,7 +42,7 @@ class Run:
     command: str
     tokenizer_path: Path
     mesh: Mesh
-    model: LLaMa
+    model: nnx.Module
     course: Course
 
     @property
@@ -99,9 +99,9 @@ def prepare(
     opened = recipe.open(
         config, tokenizer=tokenizer, tokenizer_path=tokenizer_path, llama=llama, mesh=mesh, cache_dir=cache_dir
     )
-    for line in memory_plan.report(config, llama, mesh):
+    for line in memory_plan.report(recipe.memory_step(config, llama, mesh), mesh):
         say(line)
-    model = parts.make_model(config, llama, mesh)
+    model = recipe.make_model(config, llama, mesh, random=False)
     return Run(
         config=config,
         command=command,

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from data.datasets import DataConfig
 from data.prompts import PromptConfig
+from data.row_sources import RowsConfig
 from models.llama.lora import LoraConfig
 from trainers.checkpoints import CheckpointConfig
 from trainers.experience import ExperienceConfig
@@ -150,7 +151,7 @@ class CommonConfig:
 
     output_dir: str
     model: ModelConfig
-    data: DataConfig | PromptConfig
+    data: DataConfig | RowsConfig
     trainer: TrainerConfig
     tokenizer: str | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -37,6 +37,19 @@ class Loss(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WithShared:
+    """A batch with something that all of its rows need, such as another network.
+
+    `rows` are cut into micro-batches and laid over the devices as any batch is; `shared` goes along whole, to where it
+    lies already, and the step leaves it as it is.
+    """
+
+    rows: Any
+    shared: Any
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LossScale:
     """The factor that keeps float16 gradients from vanishing, and the updates since it last changed.
@@ -81,8 +94,8 @@ class Trainer(abc.ABC):
     `trainable` is a filter of flax.nnx: only what it selects gets gradients and optimizer state. `compute_dtype` is
     what floating-point parameters are cast to for the loss, while the parameters themselves and their updates keep
     their dtype; "auto" is bfloat16 on accelerators and the parameters' own on CPU. A batch is a pytree of arrays whose
-    leading axes are cut into `accumulation_steps` micro-batches. Gradients longer than `max_grad_norm` are shortened to
-    it. `learning_rate` is the schedule that the optimizer follows, to be reported.
+    leading axes are cut into `accumulation_steps` micro-batches, or a `WithShared`. Gradients longer than
+    `max_grad_norm` are shortened to it. `learning_rate` is the schedule that the optimizer follows, to be reported.
 
     Raises ValueError for options outside their range.
     """
@@ -278,15 +291,26 @@ def _accumulate(
     """Gradients, and sums, of all micro-batches added up in float32; micro-batch i has rows i, i + num_steps, …"""
     if num_steps == 1:
         return gradient(trained, batch, key)
+    rows, whole = _parted(batch)
+
+    def own(rows: Any, key: Array) -> tuple[Any, Loss]:
+        return gradient(trained, whole(rows), key)
 
     def add(sums: Any, inputs: tuple[Any, Array]) -> tuple[Any, None]:
-        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, gradient(trained, *inputs)), None
+        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, own(*inputs)), None
 
-    inputs = (cut(batch, num_steps), jax.random.split(key, num_steps))
+    inputs = (cut(rows, num_steps), jax.random.split(key, num_steps))
     first = jax.tree.map(lambda x: x[0], inputs)
-    shapes = jax.eval_shape(gradient, trained, *first)
+    shapes = jax.eval_shape(own, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
     return jax.lax.scan(add, zeros, inputs)[0]
+
+
+def _parted(batch: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The rows of a batch, and a function that puts what they share back to some of them."""
+    if not isinstance(batch, WithShared):
+        return batch, lambda rows: rows
+    return batch.rows, lambda rows: replace(batch, rows=rows)
 
 
 def cut(batch: Any, num_pieces: int) -> Any:
@@ -360,16 +384,24 @@ def _keys(path: tuple) -> tuple[str, ...]:
 
 
 def placement(model: nnx.Module) -> Callable[[Any], Any]:
-    """How this process's rows of a batch become arrays: cut over the mesh of the model, if it lies on one."""
+    """How this process's rows of a batch become arrays: cut over the mesh of the model, if it lies on one.
+
+    Arrays that lie on that mesh already are of all processes, and stay.
+    """
     mesh = mesh_of(model)
     if mesh is None:
         return lambda batch: batch
     index, count = process_rows(mesh)
 
+    def own(path: tuple, x: Any) -> Any:
+        if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh:
+            return x
+        whole = jax.ShapeDtypeStruct((x.shape[0] * count, *x.shape[1:]), x.dtype)
+        return _placed(index, x, whole, _rows_sharding(letters_at(path), whole.shape, mesh))
+
     def place(batch: Any) -> Any:
-        whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * count, *x.shape[1:]), x.dtype), batch)
-        own = jax.tree_util.tree_map_with_path(lambda path, x: _rows_sharding(letters_at(path), x.shape, mesh), whole)
-        return jax.tree.map(functools.partial(_placed, index), batch, whole, own)
+        rows, with_shared = _parted(batch)
+        return with_shared(jax.tree_util.tree_map_with_path(own, rows))
 
     return place
 

@@ -51,14 +51,12 @@ class Held:
 class Rollout:
     """`rows` of completions that are drawn together, over all devices, with `slots` for keys and values each.
 
-    `policy` are the bytes on a device of the weights that they are drawn with, `reference` of those beside them that
-    the divergence is measured from.
+    `policy` are the bytes on a device of the weights that they are drawn with, where those are not the parameters.
     """
 
     rows: int
     slots: int
     policy: int
-    reference: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +67,7 @@ class Step:
     tensor and sequence. `itemsize` is that of the dtype that is computed in, `stored` that of the parameters; `remat`
     a key of `models.llama.model.REMAT`, `attention` the implementation, `chunk` the logits of a device at once.
     `trains_all` tells the whole network from adapters. A token reads up to `keys` others, by default those of its row.
+    `others` are the bytes on a device of networks beside the trained one, such as a reference.
     """
 
     network: Network
@@ -86,6 +85,8 @@ class Step:
     trains_all: bool
     keys: int | None = None
     rollout: "Rollout | None" = None
+    others: int = 0
+    rows_are: str = "rows"
 
     def over(self, *axes: str) -> int:
         """Devices along these axes together."""
@@ -168,9 +169,10 @@ def estimate(step: Step) -> Estimate:
         "optimizer": held.optimizer,
         "batch": _FIELDS * 4 * step.pieces * step.b * step.t,
     }
+    if step.others:
+        always["other networks"] = step.others
     moments = {}
     if step.rollout is not None:
-        always["reference"] = step.rollout.reference
         moments["rollout"] = always | rollout_parts(step, step.rollout)
     if step.pieces > 1:
         always["sums of gradients"] = held.sums

@@ -60,14 +60,14 @@ def test_a_run_begins_with_the_table(command, tmp_path):
     said: list[str] = []
     config = settings(command, tmp_path)
     run = prepare(command, RECIPES[command], config, resume=False, cache_dir=tmp_path, say=said.append)
-    assert said == memory_plan.report(config, run.model.config, run.mesh)
+    step = RECIPES[command].memory_step(config, run.model.config, run.mesh)
+    assert said == memory_plan.report(step, run.mesh)
     assert said[0].startswith("memory of a device, ")
     parts = [line.split("  ")[0] for line in said]
     assert {"parameters", "optimizer", "kept activations", "together"} <= set(parts)
     assert ("keys and values" in parts) == (command == "grpo")
     assert "the largest batch that fits has" in said[-1]
     trained = sum(leaf.nbytes for leaf in jax.tree.leaves(run.model))
-    step = memory_plan.step_of(config, run.model.config, run.mesh)
     assert step.held.parameters == trained
     assert trained * 2 <= step.held.optimizer < trained * 2 + 100
     if command != "grpo":
@@ -78,7 +78,7 @@ def test_a_run_begins_with_the_table(command, tmp_path):
 
 def test_adapters_alone_have_optimizer_state(tmp_path):
     whole, adapted = (
-        memory_plan.step_of(settings("sft", tmp_path, **lora), NETWORK, make_mesh((1, 1, 1, 1)))
+        RECIPES["sft"].memory_step(settings("sft", tmp_path, **lora), NETWORK, make_mesh((1, 1, 1, 1)))
         for lora in ({}, {"lora": "{rank: 2, alpha: 4}"})
     )
     assert adapted.held.parameters > whole.held.parameters
@@ -89,16 +89,17 @@ def test_adapters_alone_have_optimizer_state(tmp_path):
 
 def test_a_batch_that_does_not_fit_is_warned_of(tmp_path, monkeypatch):
     config, mesh = settings("sft", tmp_path), make_mesh((1, 1, 1, 1))
-    peak = memory_plan.plan(config, NETWORK, mesh).peak
+    step = RECIPES["sft"].memory_step(config, NETWORK, mesh)
+    peak = memory.estimate(step).peak
     monkeypatch.setattr(memory_plan, "capacity", lambda mesh: peak)
-    assert "warning" not in memory_plan.report(config, NETWORK, mesh)[-1]
+    assert "warning" not in memory_plan.report(step, mesh)[-1]
     monkeypatch.setattr(memory_plan, "capacity", lambda mesh: peak - 1)
-    *_, fits, warning = memory_plan.report(config, NETWORK, mesh)
+    *_, fits, warning = memory_plan.report(step, mesh)
     rows = config.trainer.batch_size
     assert warning.startswith("warning: ") and f"{rows} rows do not fit" in warning
     assert f"has {rows - config.trainer.accumulation_steps} rows" in fits
     monkeypatch.setattr(memory_plan, "capacity", lambda mesh: 1000)
-    assert "not even a batch of" in memory_plan.report(config, NETWORK, mesh)[-2]
+    assert "not even a batch of" in memory_plan.report(step, mesh)[-2]
 
 
 def test_devices_of_a_cpu_share_the_machine():

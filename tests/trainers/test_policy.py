@@ -11,7 +11,7 @@ import pytest
 from inference.rollout import sampler
 from models.llama import LLaMa
 from models.llama.presets import PRESETS
-from trainers.experience import _split
+from trainers.groups import split_rows
 from trainers.grpo_trainer import GRPOTrainer
 from trainers.policy import PolicyBatch, PolicyConfig, completion_log_probs
 from trainers.policy_losses import LOSSES, PolicyLossConfig
@@ -92,8 +92,8 @@ def test_neither_the_layout_of_prompts_nor_the_cut_of_groups_changes_a_loss(name
     (want, parts), gradient = result(batch, prompts="shared")
     others = [
         (batch, "repeated", "none"),
-        (_split(batch, pieces), "shared", "dots"),
-        (_split(batch, pieces), "repeated", "block"),
+        (split_rows(batch, pieces), "shared", "dots"),
+        (split_rows(batch, pieces), "repeated", "block"),
     ]
     for own, prompts, remat in others:
         (got, own_parts), own_gradient = result(own, prompts=prompts, remat=remat)

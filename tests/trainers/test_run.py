@@ -348,14 +348,14 @@ def test_what_is_exported_is_the_state(tmp_path: Path):
     state = go("pretrain", flags, stop_at=9)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "text.txt").unlink()  # neither the data nor the folder's old place are needed
-    model, config, tokenizer = restore_model(RECIPES, moved, None)
-    assert same(model, state.model) and config.trainer.steps == 14
-    assert export(model, tmp_path / "out", tokenizer_path=tokenizer, base=None) == [tmp_path / "out" / "hf"]
+    networks, config, tokenizer = restore_model(RECIPES, moved, None)
+    assert same(networks, {"hf": state.model}) and config.trainer.steps == 14
+    assert export(networks, tmp_path / "out", tokenizer_path=tokenizer, base=None) == [tmp_path / "out" / "hf"]
     assert same(load_pretrained(tmp_path / "out" / "hf", dtype="float32"), state.model)
     assert load_tokenizer(tmp_path / "out" / "hf").decode(load_tokenizer(tokenizer).encode("red hill")) == "red hill"
 
     older, *_ = restore_model(RECIPES, moved, 4)
-    assert not same(older, state.model)
+    assert not same(older, {"hf": state.model})
     with pytest.raises(ValueError, match=r"no checkpoint of step 5, only of (2, )?4, 8, 9"):
         restore_model(RECIPES, moved, 5)
 
@@ -365,13 +365,15 @@ def test_adapters_are_exported_beside_the_merged_model(tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
     base = {**pretraining(tmp_path), "output_dir": str(tmp_path / "base"), "trainer.steps": "1"}
-    export(go("pretrain", base).model, tmp_path / "base", tokenizer_path=tmp_path / "base" / "tokenizer", base=None)
+    trained = {"hf": go("pretrain", base).model}
+    export(trained, tmp_path / "base", tokenizer_path=tmp_path / "base" / "tokenizer", base=None)
     flags = tuning(tmp_path, tokenizer="null", **{"model.preset": "null", "model.changes": "{}"}, **LORA)
     flags |= {"model.checkpoint": str(tmp_path / "base" / "hf"), "trainer.learning_rate": "3e-2", "trainer.steps": "4"}
     state = go("sft", flags)
-    model, config, tokenizer = restore_model(RECIPES, tmp_path / "run", None)
+    networks, config, tokenizer = restore_model(RECIPES, tmp_path / "run", None)
+    model = networks["hf"]
     assert same(model, state.model)
-    written = export(model, tmp_path / "run", tokenizer_path=tokenizer, base=config.model.checkpoint)
+    written = export(networks, tmp_path / "run", tokenizer_path=tokenizer, base=config.model.checkpoint)
     assert written == [tmp_path / "run" / "hf", tmp_path / "run" / "adapter"]
 
     ids = np.array([[1, 4, 2, 5, 3, 6, 2]])
