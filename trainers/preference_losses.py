@@ -5,6 +5,9 @@ All are sums over rows, each times its weight, so that micro-batches, devices an
 row of weight 0, such as one that only fills up a batch, contributes nothing, and may hold any values.
 """
 
+import math
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +15,26 @@ from trainers.preference_variants import LOSSES, OBSERVED, Pairs, PreferenceLoss
 from trainers.trainer import Loss
 from utils.shapes import Array, Bool, Float
 
-__all__ = ["LOSSES", "Pairs", "PreferenceLossConfig", "kto_loss", "preference_loss", "reward_loss"]
+__all__ = [
+    "LOSSES",
+    "Pairs",
+    "PreferenceLossConfig",
+    "RewardLossConfig",
+    "kto_loss",
+    "preference_loss",
+    "reward_loss",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardLossConfig:
+    """`centre` weighs the squared sum of a pair's scores, which keeps them near 0; see `reward_loss`."""
+
+    centre: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.centre < math.inf:
+            raise ValueError(f"centre {self.centre} must be at least 0 and finite")
 
 
 def preference_loss(

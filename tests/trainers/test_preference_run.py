@@ -1,0 +1,193 @@
+"""Runs of DPO and reward models: what they write, what the reference is, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from models.llama import load_pretrained
+from models.llama.scalar import load_scalar
+from tests.trainers.runs import RECIPES, argv, go, metrics, numbers, preferring, same
+from trainers import preference_recipe
+from trainers.compile_only import compile_step
+from trainers.export import restore_model
+
+LORA = {"lora.rank": "2", "lora.alpha": "4"}
+
+
+@pytest.fixture
+def program(capsys, tmp_path, monkeypatch):
+    """Call the program in this process; returns its exit code and what it wrote to standard error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*args: str) -> tuple[int, str]:
+        capsys.readouterr()
+        try:
+            train.main(args)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        _, error = capsys.readouterr()
+        assert "Traceback" not in error
+        return code, error
+
+    return call
+
+
+def test_it_learns_and_what_is_exported_is_the_state(program, tmp_path):
+    flags = preferring(tmp_path, **{"trainer.steps": "12", "trainer.eval_at_start": "true"})
+    code, error = program("dpo", *argv(flags))
+    folder = tmp_path / "run"
+    assert code == 0 and error.splitlines()[-1] == f"wrote {folder / 'hf'}"
+    assert re.search(r"pairs: \d+ of 18 prompts cut by \d+ tokens to their last 12", error)
+    losses = [row["validation/loss"] for row in metrics(folder) if "validation/loss" in row]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5) and losses[-1] < 0.65
+    networks, config, _ = restore_model(RECIPES, folder, None)
+    assert same(networks["hf"], load_pretrained(folder / "hf", dtype="float32")) and config.loss.name == "sigmoid"
+
+
+def test_a_reward_model_learns_and_is_exported_with_its_head(program, tmp_path):
+    changes = {"trainer.steps": "12", "checkpoint.metric": "validation/accuracy", "checkpoint.mode": "max"}
+    code, error = program("reward", *argv(preferring(tmp_path, **changes)))
+    assert code == 0, error
+    folder = tmp_path / "run"
+    rows = metrics(folder)
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=0.2) and rows[-1]["validation/accuracy"] > 0.9
+    networks, *_ = restore_model(RECIPES, folder, None)
+    assert same(networks["hf"], load_scalar(folder / "hf"))
+    config = json.loads((folder / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+
+
+def test_a_reference_that_is_computed_before_is_the_one_computed_on_the_way(tmp_path, monkeypatch):
+    flags = preferring(tmp_path, **{"trainer.steps": "5"})
+    before = {"reference.precompute": "true", "reference.cache_dir": str(tmp_path / "kept")}
+    runs = {"a": {}, "b": before}
+    states = [go("dpo", {**flags, **own, "output_dir": str(tmp_path / name)}) for name, own in runs.items()]
+    assert len(list((tmp_path / "kept").glob("reference-*.npy"))) == 2  # of what is trained and of what is validated on
+    for one, other in zip(numbers(tmp_path / "a"), numbers(tmp_path / "b"), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    pairs = zip(jax.tree.leaves(states[0].model), jax.tree.leaves(states[1].model), strict=True)
+    assert max(np.abs(np.asarray(x) - np.asarray(y)).max() for x, y in pairs) < 1e-4
+
+    monkeypatch.setattr(preference_recipe.Reference, "scored", None)  # it is not computed again
+    again = go("dpo", {**flags, **before, "output_dir": str(tmp_path / "c")})
+    assert same(again, states[1])
+    with pytest.raises(TypeError):  # another reference is
+        go("dpo", {**flags, **before, "trainer.seed": "1", "output_dir": str(tmp_path / "d")})
+
+
+def test_another_checkpoint_may_be_the_reference(tmp_path):
+    flags = preferring(tmp_path, **{"trainer.steps": "2"})
+    first = {**flags, "output_dir": str(tmp_path / "first"), "trainer.seed": "3"}
+    train.main(["dpo", *argv(first)])
+    other = {"reference.checkpoint": str(tmp_path / "first" / "hf")}
+    losses = []
+    for name, own in (("plain", {}), ("other", other), ("adapted", other | LORA)):
+        go("dpo", {**flags, **own, "output_dir": str(tmp_path / name)})
+        losses.append(metrics(tmp_path / name)[0]["loss"])
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert abs(losses[1] - losses[0]) > 1e-3 and losses[2] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_single_completions_that_are_wanted_or_not(tmp_path):
+    flags = preferring(tmp_path, **{"loss.name": "kto", "trainer.steps": "6"})
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    single = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    (tmp_path / "single.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
+    go("dpo", {**flags, "data.train": str(tmp_path / "single.jsonl")})
+    found = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert all(0 < row["loss"] < 1 and row["kl"] >= 0 for row in found)
+    assert any(row["kl"] > 0 for row in found) and {"rewards/chosen", "rewards/rejected"} <= set(found[0])
+    go("dpo", {**flags, "output_dir": str(tmp_path / "of_pairs")})
+    assert metrics(tmp_path / "of_pairs")[0]["weight"] == 4
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "words"),
+    [
+        ("dpo", {"loss.name": "dpo"}, "dpo"),
+        ("dpo", {"loss.name": "simpo", "reference.precompute": "true"}, "simpo has no reference"),
+        ("dpo", {"loss.name": "kto", "reference.precompute": "true"}, "does not go with loss.name kto"),
+        ("dpo", {"loss.name": "kto", "trainer.batch_size": "1", "trainer.accumulation_steps": "1"}, "at least 2"),
+        ("dpo", {"loss.label_smoothing": "0.7"}, "label_smoothing 0.7"),
+        ("dpo", {"reference.cache_dir": "x"}, "needs precompute"),
+        ("dpo", {"reference.checkpoint": "nowhere"}, "reference.checkpoint nowhere: no such"),
+        ("dpo", {"data.max_prompt_length": "30"}, "longer than the model's context"),
+        ("dpo", {"data.max_completion_length": "0"}, "max_completion_length"),
+        ("dpo", {"tokenizer": "characters"}, "preferences are none"),
+        ("dpo", {"checkpoint.metric": "validation/reward"}, "none of a validation's"),
+        ("dpo", {"data.train": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ("reward", {"loss.centre": "-1"}, "centre -1"),
+        ("reward", {"loss.beta": "0.1"}, "beta"),
+        ("reward", {"trainer.batch_size": "5"}, "batch_size 5"),
+    ],
+)
+def test_mistakes_are_one_line(program, tmp_path, command, changes, words):
+    flags = preferring(tmp_path, **changes)
+    flags = flags if "checkpoint.metric" in changes else flags | {"checkpoint.metric": "validation/loss"}
+    code, error = program(command, *argv(flags))
+    assert code == 2 and words in error.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+def test_rows_that_are_no_pairs_are_named(program, tmp_path):
+    flags = preferring(tmp_path)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "the cat", "completion": " sat", "label": true}\n' * 4)
+    code, error = program(
+        "reward",
+        *argv(
+            flags
+            | {
+                "data.validation_fraction": "0",
+                "checkpoint.metric": "null",
+                "checkpoint.keep_best": "0",
+                "trainer.patience": "null",
+            }
+        ),
+    )
+    assert code == 2 and f"{path}:1: " in error and "unpaired preference" in error
+    path.write_text("")
+    code, error = program("dpo", *argv(flags))
+    assert code == 2 and "pairs.jsonl" in error.splitlines()[-1]
+
+
+def test_a_step_can_be_compiled_ahead_of_time(tmp_path):
+    pytest.importorskip("libtpu")
+    from trainers.preference_settings import DPORunConfig
+    from utils.chips import slice_of
+    from utils.settings import load_settings
+
+    flags = preferring(tmp_path, **{"trainer.batch_size": "16", "mesh.fsdp": "4", "mesh.data": "1"})
+    flags |= {
+        "model.changes": "{num_layers: 2, hidden_size: 256, intermediate_size: 512, num_heads: 4, "
+        "num_kv_heads: 2, head_dim: 64, max_position_embeddings: 1024, vocab_size: 512}",
+        "data.max_prompt_length": "512",
+        "data.max_completion_length": "512",
+        "tokenizer": "unread",
+    }
+    config = load_settings(DPORunConfig, None, flags)
+    program = compile_step(RECIPES["dpo"], config, slice_of("v5e:2x2"))
+    assert program.fits and program.full.lengths == (1024,) * 32
+
+
+def test_the_memory_of_a_reference_is_in_the_table(tmp_path: Path):
+    from trainers import parts
+    from trainers.settings import MeshConfig
+    from utils.settings import load_settings
+
+    steps = []
+    for changes in ({}, {"reference.precompute": "true"}, LORA, {"loss.name": "simpo"}):
+        config = load_settings(RECIPES["dpo"].config, None, preferring(tmp_path, **changes))
+        mesh = parts.make_mesh(MeshConfig())
+        llama = parts.network_config(config.model, type("T", (), {"vocab_size": 40}))
+        steps.append(RECIPES["dpo"].memory_step(config, llama, mesh).others)
+    assert steps[0] > 0 and steps[1:] == [0, 0, 0]
