@@ -6,19 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.grpo_work import (
+from benchmarks.grpo_work import NUM_BATCHES, Work, done, reward
+from benchmarks.peers import (
     BETAS,
     EPSILON,
     LEARNING_RATE,
     MAX_NORM,
-    NUM_BATCHES,
-    TUNIX_ROPE_THETA,
-    Order,
-    Turns,
-    Work,
-    peak_resident_bytes,
-    reward,
+    tunix_adamw,
+    tunix_mesh,
+    tunix_network,
+    word_tokenizer,
 )
+from benchmarks.turns import Order, Turns, peak_resident_bytes
 
 CHECKED = ("prompt_ids", "completion_ids", "advantages")  # by these names in both
 
@@ -52,7 +51,7 @@ def trl_side(order: Order, turns: Turns) -> None:
             turns.wait()
 
         def on_log(self, *_: Any, logs: dict, **__: Any) -> None:
-            turns.done(**_trl_figures(work, trainer.rolled_out, logs, first=turns.count == 0))
+            done(turns, **_trl_figures(work, trainer.rolled_out, logs, first=turns.count == 0))
             turns.wait()
 
     trainer = Trainer(
@@ -60,7 +59,7 @@ def trl_side(order: Order, turns: Turns) -> None:
         reward,
         args=_trl_config(order),
         train_dataset=_trl_prompts(work),
-        processing_class=_trl_tokenizer(work.network["vocab_size"]),
+        processing_class=word_tokenizer(work.network["vocab_size"], end=work.network["vocab_size"]),
         callbacks=[Steps()],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -110,17 +109,6 @@ def _trl_prompts(work: Work) -> Any:
     return datasets.Dataset.from_list([{"prompt": " ".join(map(str, ids))} for ids in rows])
 
 
-def _trl_tokenizer(vocabulary: int) -> Any:
-    """Words are token ids; the one that ends a text is beyond the vocabulary of the network."""
-    import tokenizers
-    import transformers
-
-    words = {str(number): number for number in range(vocabulary)} | {"<end>": vocabulary}
-    numbers = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<end>"))
-    numbers.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=numbers, eos_token="<end>", pad_token="<end>")
-
-
 def _trl_figures(work: Work, rolled_out: dict, logs: dict, *, first: bool) -> dict[str, Any]:
     import torch
 
@@ -166,7 +154,7 @@ def tunix_side(order: Order, turns: Turns) -> None:
             turns.wait()
             yield {"prompts": np.array([" ".join(map(str, ids)) for ids in work.prompt_ids(step)])}
             jax.block_until_ready(jax.tree.leaves(trainer.model))
-            turns.done(**_tunix_figures(learner.rolled_out, norms, first=step == 0))
+            done(turns, **_tunix_figures(learner.rolled_out, norms, first=step == 0))
 
     options = GRPOConfig(num_generations=work.completions, num_iterations=1, beta=0.0)
     learner = Learner(cluster, options, lambda completions, **_: reward([text.split() for text in completions]))
@@ -175,9 +163,6 @@ def tunix_side(order: Order, turns: Turns) -> None:
 
 def _tunix_cluster(order: Order) -> Any:
     """One device is actor and rollout; float32."""
-    import jax
-    import optax
-    from tunix.models.llama3.params import create_model_from_safe_tensors
     from tunix.rl import rl_cluster
     from tunix.rl.rollout.base_rollout import RolloutConfig
 
@@ -189,12 +174,10 @@ def _tunix_cluster(order: Order) -> Any:
         bos_id, eos_id, pad_id = (staticmethod(lambda n=n: n) for n in (0, -1, -2))
 
     work = order.work
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    b1, b2 = BETAS
-    adam = optax.adamw(LEARNING_RATE, b1=b1, b2=b2, eps=EPSILON, weight_decay=0.0)
+    mesh = tunix_mesh()
     micro = order.micro() // work.completions
     training = rl_cluster.RLTrainingConfig(
-        actor_optimizer=optax.chain(optax.clip_by_global_norm(MAX_NORM), adam),
+        actor_optimizer=tunix_adamw(),
         eval_every_n_steps=10**6,
         max_steps=10**6,
         mini_batch_size=work.prompts,
@@ -211,28 +194,11 @@ def _tunix_cluster(order: Order) -> Any:
         top_k=None,
     )
     return rl_cluster.RLCluster(
-        actor=create_model_from_safe_tensors(work.folder, _tunix_model_config(work.network), mesh),
+        actor=tunix_network(work.folder, mesh),
         tokenizer=Numbers(),
         cluster_config=rl_cluster.ClusterConfig(
             role_to_mesh=dict.fromkeys(rl_cluster.Role, mesh), training_config=training, rollout_config=rollout
         ),
-    )
-
-
-def _tunix_model_config(raw: dict[str, Any]) -> Any:
-    from tunix.models.llama3.model import ModelConfig
-
-    return ModelConfig(
-        num_layers=raw["num_hidden_layers"],
-        vocab_size=raw["vocab_size"],
-        embed_dim=raw["hidden_size"],
-        hidden_dim=raw["intermediate_size"],
-        num_heads=raw["num_attention_heads"],
-        head_dim=raw["head_dim"],
-        num_kv_heads=raw["num_key_value_heads"],
-        rope_theta=TUNIX_ROPE_THETA,
-        norm_eps=raw["rms_norm_eps"],
-        weight_tying=raw["tie_word_embeddings"],
     )
 
 

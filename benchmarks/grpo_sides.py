@@ -2,23 +2,21 @@
 
     python -m benchmarks.grpo_sides
 
-reads lines from standard input and answers on standard output, in JSON: the first line is an `Order`, every further one
-asks for a step, whose answer has its figures (see `Turns.done`). An order with checks is answered too. What is heavy is
-imported where it is used: a peer may run in an environment that has nothing but the peer and numpy.
+takes turns as `benchmarks.turns` has it; an order with checks is answered too. What is heavy is imported where it is
+used: a peer may run in an environment that has nothing but the peer and numpy.
 """
 
 import itertools
-import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from benchmarks.grpo_peers import trl_side, tunix_side
-from benchmarks.grpo_work import BETAS, EPSILON, LEARNING_RATE, MAX_NORM, Order, Turns, Work, reward
+from benchmarks.grpo_work import Work, done, reward
+from benchmarks.peers import BETAS, EPSILON, LEARNING_RATE, MAX_NORM
+from benchmarks.turns import Order, Turns, serve
 
 
 def _ours(order: Order, turns: Turns) -> None:
@@ -71,7 +69,7 @@ def _ours(order: Order, turns: Turns) -> None:
         state, metrics = trainer.step(state, batch)
         jax.block_until_ready(state.model)
         figures = {"tokens": int(batch.mask_BCM.sum()), "grad_norm": float(metrics["grad_norm"])}
-        turns.done(**figures, peak=peak_memory_bytes())
+        done(turns, **figures, peak=peak_memory_bytes())
 
 
 def _our_trainer(order: Order, rollout: Any, experience: Any) -> Any:
@@ -127,14 +125,5 @@ def _our_figures(trainer: Any, order: Order, batch: dict) -> dict[str, float]:
 SIDES: dict[str, Callable[[Order, Turns], None]] = {"ours": _ours, "trl": trl_side, "tunix": tunix_side}
 
 
-def main() -> None:
-    """Take orders until standard input ends; what libraries print goes to standard error."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    raw = json.loads(sys.stdin.readline())
-    order = Order(**raw | {"work": Work(**raw["work"]), "settings": tuple(raw["settings"])})
-    SIDES[order.kind](order, Turns(replies))
-
-
 if __name__ == "__main__":
-    main()
+    serve(SIDES, Work)

@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import math
-import multiprocessing
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 
 from benchmarks import grpo
-from benchmarks.grpo_work import LOWEST_ID, NUM_BATCHES, Order, Work, check_settings, reward
+from benchmarks.comparison import Process, alone
+from benchmarks.grpo_work import NUM_BATCHES, SETTINGS, Work, reward
+from benchmarks.peers import LOWEST_ID, save_random_model
+from benchmarks.turns import Order, check_settings
 
 
 @pytest.fixture
@@ -41,9 +42,9 @@ def test_rewards_of_random_completions_differ_whatever_the_type_of_the_ids():
     (("tunix", "halves"), ("ours", "checkpointing"), ("trl", "micro"), ("trl", "plain"), ("tunix", "checkpointing")),
 )
 def test_settings_of_another_side_are_refused(kind, word):
-    check_settings(kind, ("pages", "micro8"))
+    check_settings(kind, ("pages", "micro8"), SETTINGS)
     with pytest.raises(ValueError, match=f"'{word}' is no setting of {kind}"):
-        check_settings(kind, ("pages", word))
+        check_settings(kind, ("pages", word), SETTINGS)
 
 
 def test_a_side_is_called_by_its_settings(work):
@@ -89,7 +90,7 @@ def test_steps_that_learn_from_fewer_tokens_or_have_no_gradient_are_refused(work
 
 
 def test_a_side_that_ends_says_why(work):
-    process = grpo.Process(grpo._side("tunix", "plain", work, sys.executable), [])
+    process = Process(grpo._side("tunix", "plain", work, sys.executable))
     try:
         with pytest.raises(RuntimeError, match=r"Error: "):
             process.step()
@@ -124,9 +125,8 @@ def test_sides_come_alone_where_there_is_room_for_one(tmp_path, capfd):
         folder=str(tmp_path), prompts=2, completions=3, prompt_tokens=6, new_tokens=5, dtype="float32", device="cpu"
     )
     ours, peer = (grpo._side(kind, "micro3", work, sys.executable) for kind in ("ours", "trl"))
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(grpo._save_random_model, "tiny", str(tmp_path), "cpu", False).result()
-    table = grpo.Table(work)
+    alone(save_random_model, "tiny", str(tmp_path), "cpu", False)
+    table = grpo._table(work)
     figures, batch = grpo._measure_alone(ours, 1, 1)
     assert batch is None
     table.add({ours.name: figures})
@@ -145,5 +145,5 @@ def test_sides_come_alone_where_there_is_room_for_one(tmp_path, capfd):
 def test_a_side_that_fails_alone_has_a_row(work, capsys):
     figures, batch = grpo._measure_alone(grpo._side("tunix", "plain", work, sys.executable), 1, 1)
     assert batch is None and set(figures) == {"error"}
-    grpo.Table(work).add({"tunix": figures})
+    grpo._table(work).add({"tunix": figures})
     assert "| tunix | failed |" in capsys.readouterr().out
