@@ -14,7 +14,7 @@ import pytest
 
 import train
 import trainers.export
-import trainers.language_model_recipe
+import trainers.packed_data
 from models.llama import load_pretrained, load_tokenizer
 from tests.trainers.runs import argv, metrics, numbers, pretraining, same, tuning
 from trainers.checkpoints import Checkpointer
@@ -239,7 +239,7 @@ def test_ctrl_c_on_the_last_step_is_too_late(program, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(trainers.language_model_recipe, "open_datasets"), (trainers.export, "export")],
+    [(trainers.packed_data, "open_datasets"), (trainers.export, "export")],
     ids=["set-up", "export"],
 )
 def test_ctrl_c_before_and_behind_training_is_an_interrupt(program, tmp_path: Path, monkeypatch, module, name):

@@ -1,29 +1,21 @@
 """Runs of pretraining and supervised fine-tuning: packed rows of tokens, evaluated by their loss."""
 
-import contextlib
-import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
 
-from data.chat import choose_template
-from data.datasets import Datasets, open_datasets
-from data.loading import Loader
 from models.llama import LLaMa, LlamaConfig
 from models.llama.tokenizer import Tokenizer
 from trainers import parts
 from trainers.language_model import LanguageModelTrainer
-from trainers.memory_plan import abstract_batch
+from trainers.memory_plan import Setting, abstract_batch, tuning
 from trainers.observers import counted
+from trainers.packed_data import check_length, open_packed
 from trainers.recipe import Course, FullBatch, Recipe
 from trainers.settings import RunConfig
-from trainers.trainer import TrainState
-from utils.distributed import check_same, first_process_first
-from utils.sharding import process_rows
 
 
 class LanguageModelRecipe(Recipe):
@@ -37,9 +29,12 @@ class LanguageModelRecipe(Recipe):
     def make_trainer(self, config: RunConfig, num_steps: int) -> LanguageModelTrainer:
         return self._kind(config=config.loss, **parts.trainer_options(config, num_steps))
 
+    def sizes(self, setting: Setting) -> Mapping[str, Any]:
+        return tuning(setting)
+
     def full_batch(self, config: RunConfig, llama: LlamaConfig, mesh: Mesh) -> FullBatch:
         parts.check_batch(config.trainer.batch_size, config.trainer.accumulation_steps, mesh)
-        _check_length(config.data.sequence_length, llama)
+        check_length(config.data.sequence_length, llama)
         return FullBatch(abstract_batch(config, mesh), (config.data.sequence_length,) * config.trainer.batch_size)
 
     def open(
@@ -53,91 +48,27 @@ class LanguageModelRecipe(Recipe):
         cache_dir: str | Path,
     ) -> Callable[[LLaMa], Course]:
         self.full_batch(config, llama, mesh)
-        datasets = first_process_first(
-            lambda: open_datasets(
-                config.data,
-                tokenizer,
-                tokenizer_name=parts.fingerprint(tokenizer_path),
-                template=choose_template(tokenizer, config.data.chat_template),
-                learn_all=self._kind.learns_all,
-                seed=config.trainer.seed,
-                cache_dir=config.data.cache_dir or cache_dir,
-            )
+        data = open_packed(
+            config,
+            tokenizer,
+            tokenizer_path=tokenizer_path,
+            learn_all=self._kind.learns_all,
+            mesh=mesh,
+            cache_dir=cache_dir,
         )
-        share = process_rows(mesh)
-        loader, num_steps = _loader(config, datasets, None, share), _num_steps(config, datasets)
-        check_same("data", [loader.fingerprint, *(rows.fingerprint for rows in datasets.validation)])
-        trainer = self.make_trainer(config, num_steps)
+        trainer = self.make_trainer(config, data.num_steps)
 
         def course(model: LLaMa) -> Course:
             adapters = None if config.lora is None else parts.size(nnx.state(model, nnx.LoRAParam))
             return Course(
                 trainer=trainer,
-                data=loader,
-                num_steps=num_steps,
-                report=_report(datasets),
-                counted=lambda data, throughput: counted(
-                    data, throughput, model.config, runs=share[1], adapter_params=adapters
+                data=data.loader,
+                num_steps=data.num_steps,
+                report=data.report,
+                counted=lambda batches, throughput: counted(
+                    batches, throughput, model.config, runs=data.runs, adapter_params=adapters
                 ),
-                evaluate=_evaluation(config, datasets, trainer, share),
+                evaluate=data.evaluation(trainer.evaluate, config.trainer.eval_batches),
             )
 
         return course
-
-
-def _report(datasets: Datasets) -> tuple[str, ...]:
-    train = datasets.train
-    filled = sum(own.num_places for own in train) / sum(len(own) * own.T for own in train)
-    rows, validation = sum(map(len, train)), sum(map(len, datasets.validation))
-    return (*datasets.report, f"{rows:,} rows to train on, {filled:.1%} filled; {validation:,} to validate on")
-
-
-def _check_length(sequence_length: int, llama: LlamaConfig) -> None:
-    if sequence_length > llama.max_text_length:
-        raise ValueError(
-            f"data.sequence_length {sequence_length} is longer than the model's context of {llama.max_text_length}"
-        )
-
-
-def _loader(config: RunConfig, datasets: Datasets, num_epochs: int | None, share: tuple[int, int] = (0, 1)) -> Loader:
-    """`share` is which of how many equal runs of each batch's rows are loaded."""
-    return Loader(
-        datasets.train,
-        batch_size=config.trainer.batch_size,
-        seed=config.trainer.seed,
-        weights=datasets.weights,
-        num_epochs=num_epochs,
-        process_index=share[0],
-        process_count=share[1],
-    )
-
-
-def _num_steps(config: RunConfig, datasets: Datasets) -> int:
-    if config.trainer.steps is not None:
-        return config.trainer.steps
-    with contextlib.closing(_loader(config, datasets, 1)) as epoch:
-        return max(1, math.ceil(config.trainer.epochs * epoch.num_rows / config.trainer.batch_size))
-
-
-def _evaluation(
-    config: RunConfig, datasets: Datasets, trainer: LanguageModelTrainer, share: tuple[int, int]
-) -> Callable[[TrainState], Mapping[str, float]] | None:
-    """What evaluates on the validation data, always the same batches of rows drawn at random; None without data."""
-    if not datasets.validation:
-        return None
-    loader = Loader(
-        datasets.validation,
-        batch_size=config.trainer.batch_size // config.trainer.accumulation_steps,
-        seed=config.trainer.seed,
-        num_epochs=1,
-        prefetch=0,
-        process_index=share[0],
-        process_count=share[1],
-    )
-
-    def evaluate(state: TrainState) -> Mapping[str, float]:
-        loader.seek(0)
-        batches: Iterator[Any] = itertools.islice(loader, config.trainer.eval_batches)
-        return trainer.evaluate(state.model, batches)
-
-    return evaluate

@@ -3,7 +3,7 @@
 Letters as in `utils.ops`; C are the positions of a chunk, X the chunks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,25 +37,45 @@ def on_own_tokens(
     own, see `jax.custom_vjp`: by the part of the vocabulary and of the model axis that the device has, and of
     cotangents that it has summed over the axis of the vocabulary, as that is what sums over an axis transpose to.
     """
+
+    def first(cuts: Sequence[Cut], weights: Sequence[Array], x_BTD: Array, *arrays_BT: Array) -> Any:
+        return own(cuts[0], x_BTD, weights[0], *arrays_BT)
+
+    return on_own_tokens_of(first, ((letters, weight),), x_BTD, *arrays_BT, summed=summed)
+
+
+def on_own_tokens_of(
+    own: Callable[..., Any], matrices: Sequence[tuple[str, Array]], *arrays_BT: Array, summed: bool
+) -> Any:
+    """own(cuts, weights, *arrays_BT), as `on_own_tokens`, with the output matrices of several networks.
+
+    `matrices` are letters and weight of each. They may be of any width, and have one vocabulary, which is cut alike.
+    Arrays may have dimensions behind T, which are whole.
+    """
     mesh = current_mesh()
     if mesh is None:
-        return own(Cut(), x_BTD, weight, *arrays_BT)
-    tokens, lying = fitting("BT", x_BTD.shape[:2], mesh), fitting(letters, weight.shape, mesh)
+        return own((Cut(),) * len(matrices), tuple(weight for _, weight in matrices), *arrays_BT)
+    tokens = fitting("BT", arrays_BT[0].shape[:2], mesh)
+    lying = tuple(fitting(letters, weight.shape, mesh) for letters, weight in matrices)
     cut_over = tuple(axis for entry in tokens for axis in axes_of(entry))
-    place = letters.index("D")
-    cut = Cut(lying[letters.index("V")], axes_of(lying[place]), place)
+    cuts = tuple(_cut_of(letters, spec) for (letters, _), spec in zip(matrices, lying))
 
-    def local(x_BTD: Array, weight: Array, *arrays_BT: Array) -> Any:
-        results = own(cut, x_BTD, weight, *arrays_BT)
+    def local(weights: tuple[Array, ...], *arrays_BT: Array) -> Any:
+        results = own(cuts, weights, *arrays_BT)
         return jax.lax.psum(results, cut_over) if summed and cut_over else results
 
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(tokens, lying, *(tokens,) * len(arrays_BT)),
+        in_specs=(lying, *(tokens,) * len(arrays_BT)),
         out_specs=PartitionSpec() if summed else tokens,
         check_vma=False,
-    )(x_BTD, weight, *arrays_BT)
+    )(tuple(weight for _, weight in matrices), *arrays_BT)
+
+
+def _cut_of(letters: str, lying: PartitionSpec) -> Cut:
+    place = letters.index("D")
+    return Cut(lying[letters.index("V")], axes_of(lying[place]), place)
 
 
 def gather(weight: Array, cut: Cut) -> Array:
