@@ -1,15 +1,17 @@
 """The recipes in configs/."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 import train
 from models.llama import PRESETS
-from trainers.experience import count_pieces
+from tests.trainers.runs import RECIPES as ALGORITHMS
+from trainers.groups import count_pieces
 from trainers.parts import CHARACTERS, hugging_face_config, network_config
 from trainers.rewards import load_rewards
-from trainers.settings import CommonConfig, GRPORunConfig, RunConfig
+from trainers.settings import CommonConfig, GRPORunConfig
 from utils.settings import dump_yaml, load_settings
 
 ROOT = Path(train.__file__).parent
@@ -21,8 +23,14 @@ class OfSize:
         self.vocab_size = vocab_size
 
 
+def command(name: str) -> str:
+    """The line above a recipe that says how to run it."""
+    head = (ROOT / "configs" / f"{name}.yaml").read_text().split("\noutput_dir")[0]
+    return next(line for line in head.splitlines() if "train.py" in line)
+
+
 def kind(name: str) -> type[CommonConfig]:
-    return GRPORunConfig if name.endswith("_grpo") else RunConfig
+    return ALGORITHMS[re.search(r"train\.py (\w+) ", command(name))[1]].config
 
 
 def load(name: str, flags: tuple[str, ...] = ()) -> CommonConfig:
@@ -32,6 +40,7 @@ def load(name: str, flags: tuple[str, ...] = ()) -> CommonConfig:
 def test_all_recipes_are_there():
     assert {"shakespeare", "sft_small", "sft_lora", "pretrain_125m", "llama3_8b"} <= set(RECIPES)
     assert {"gsm8k_grpo", "llama3_1b_grpo"} <= set(RECIPES)
+    assert {"dpo_small", "reward_small", "ppo_small", "distill_small"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -56,11 +65,11 @@ def test_a_recipe_names_a_network_that_can_be_written(name: str):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_command_above_a_recipe_names_it(name: str):
-    head = (ROOT / "configs" / f"{name}.yaml").read_text().split("\noutput_dir")[0]
-    command = next(line for line in head.splitlines() if "train.py" in line)
-    assert ("train.py grpo " in command) == (kind(name) is GRPORunConfig)
-    assert f"--config configs/{name}.yaml" in command
-    flags = command.split(f"--config configs/{name}.yaml")[1].replace("'", "").split()
+    line = command(name)
+    for named in set(name.split("_")) & set(ALGORITHMS):
+        assert f"train.py {named} " in line
+    assert f"--config configs/{name}.yaml" in line
+    flags = line.split(f"--config configs/{name}.yaml")[1].replace("'", "").split()
     load(name, tuple(flags))
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainers.experience import Experience, Group
+from trainers.groups import Group
+from trainers.in_flight import InFlight
 from trainers.logs import cut_lines
 from trainers.trainer import TrainState
 
@@ -31,7 +32,7 @@ class CompletionsLog:
     def __init__(
         self,
         folder: Path,
-        experience: Experience,
+        experience: InFlight,
         names: Sequence[str],
         *,
         every_steps: int,

@@ -20,7 +20,7 @@ from trainers.policy_variants import IMPORTANCE, LOSSES, Tokens
 from trainers.trainer import Loss
 from utils.shapes import Array, Bool, Float
 
-_HIGHEST_LOG = 20.0  # of a ratio, of which e^20 is as good as infinite; above it there is no gradient
+HIGHEST_LOG = 20.0  # of a ratio, of which e^20 is as good as infinite; above it there is no gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def policy_loss(
     entropy_BT = _constant(entropy_BT, active_BT, 0)
     old_BT = _constant(old_logprobs_BT, active_BT, now_BT)
     mask_BT = active_BT.astype(jnp.float32)
-    ratio_BT = _exp(IMPORTANCE[config.importance](logprobs_BT, old_BT, mask_BT))
+    ratio_BT = bounded_exp(IMPORTANCE[config.importance](logprobs_BT, old_BT, mask_BT))
 
     values_BT = {"entropy": entropy_BT}
     factor_BT, penalty_BT = _constant(weights_BT, active_BT, 1), jnp.zeros_like(logprobs_BT)
@@ -173,11 +173,12 @@ def _constant(values_BT: Array | None, active_BT: Array, default: Array | float)
     return jax.lax.stop_gradient(jnp.where(active_BT, values_BT, default))
 
 
-def _exp(log: Array) -> Array:
-    return jnp.exp(jnp.minimum(log, _HIGHEST_LOG))
+def bounded_exp(log: Array) -> Array:
+    """exp of the logarithm of a ratio, as of 20 where it is above, without gradient."""
+    return jnp.exp(jnp.minimum(log, HIGHEST_LOG))
 
 
 def _k3(log: Array) -> Array:
     """exp(x) - x - 1 of x = log(ref / π)."""
-    log = jnp.minimum(log, _HIGHEST_LOG)
+    log = jnp.minimum(log, HIGHEST_LOG)
     return jnp.exp(log) - log - 1

@@ -9,7 +9,7 @@ import pytest
 
 from data.prompts import Prompt
 from trainers.completions_log import CompletionsLog
-from trainers.experience import Group
+from trainers.groups import Group
 
 
 class Rollouts:

@@ -14,7 +14,8 @@ from data.prompts import Prompt
 from inference.rollout import Rollout
 from models.llama import PRESETS
 from models.llama.init import random_model
-from trainers.experience import Experience, ExperienceConfig, count_pieces
+from trainers.experience import Experience, ExperienceConfig
+from trainers.groups import count_pieces
 from trainers.metrics import Throughput
 from trainers.policy import PolicyBatch, PolicyConfig, completion_log_probs
 from trainers.policy_losses import PolicyLossConfig

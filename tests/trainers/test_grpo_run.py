@@ -20,9 +20,10 @@ from models.llama import PRESETS, load_pretrained
 from tests.trainers.runs import RECIPES, argv, completions, go, metrics, numbers, reinforcing, same, share_of_a, words
 from trainers.checkpoints import Checkpointer
 from trainers.export import restore_model
-from trainers.grpo_recipe import GRPORecipe, _check_length
+from trainers.grpo_recipe import GRPORecipe
 from trainers.grpo_trainer import GRPOTrainer
 from trainers.observers import RunError
+from trainers.rollout_recipe import check_length
 from trainers.run import prepare
 from utils.rope import DynamicScaling
 from utils.settings import load_settings
@@ -316,10 +317,10 @@ def test_dynamic_scaling_is_for_texts_within_its_context(tmp_path: Path):
     scaling = DynamicScaling(factor=4.0, original_context=22)
     scaled = replace(PRESETS["tiny"], max_position_embeddings=22, rope_scaling=scaling)
     config = load_settings(RECIPES["grpo"].config, None, reinforcing(tmp_path))
-    _check_length(config, scaled)
+    check_length(config, scaled)
     config = load_settings(RECIPES["grpo"].config, None, reinforcing(tmp_path, **{"data.max_prompt_length": "17"}))
     with pytest.raises(ValueError, match="6 are together longer than 22 tokens"):
-        _check_length(config, scaled)
+        check_length(config, scaled)
 
 
 @pytest.mark.parametrize(
@@ -367,8 +368,8 @@ def test_what_is_exported_is_the_state(program, tmp_path: Path):
     code, error = program("export", f"--run={folder}", f"--output={tmp_path / 'out'}")
     assert code == 0, error
     assert same(load_pretrained(tmp_path / "out" / "hf"), load_pretrained(folder / "hf"))
-    model, config, _ = restore_model(RECIPES, folder, None)
-    assert same(model, load_pretrained(folder / "hf", dtype="float32")) and config.rollout.completions == 4
+    networks, config, _ = restore_model(RECIPES, folder, None)
+    assert same(networks["hf"], load_pretrained(folder / "hf", dtype="float32")) and config.rollout.completions == 4
     code, error = program("pretrain", *argv({"output_dir": str(folder)}), "--resume")
     assert code == 2
 
