@@ -1,9 +1,13 @@
-"""Pretraining, supervised fine-tuning and reinforcement learning from a YAML file.
+"""Pretraining, fine-tuning, learning from preferences, reinforcement learning and distillation from a YAML file.
 
     python train.py pretrain --config configs/shakespeare.yaml --data.train=input.txt
     python train.py sft --config configs/sft_small.yaml --trainer.learning_rate=1e-5
     python train.py sft --config configs/sft_small.yaml --resume
+    python train.py dpo --config configs/dpo_small.yaml --data.train=preferences.json
+    python train.py reward --config configs/reward_small.yaml --data.train=preferences.json
+    python train.py ppo --config configs/ppo_small.yaml --data.train=prompts.jsonl
     python train.py grpo --config configs/gsm8k_grpo.yaml --data.train=train.jsonl
+    python train.py distill --config configs/distill_small.yaml --data.train=text.txt
     python train.py export --run runs/shakespeare --step 1000 --output exported
 
 Flags: --config FILE; --resume goes on from the newest checkpoint in output_dir; every other flag is a setting, whose
@@ -37,7 +41,7 @@ from typing import Any
 from utils.ahead_of_time import AHEAD_OF_TIME
 from utils.cli import UsageError, one_line_errors
 
-COMMANDS = ("pretrain", "sft", "grpo", "export")
+COMMANDS = ("pretrain", "sft", "dpo", "reward", "ppo", "grpo", "distill", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,7 +111,7 @@ def _run(command: str, recipe: Any, config: Any, resume: bool) -> int:
         say(f"interrupted and saved at step {step}: go on with --resume")
         return 128 + signals.stopped
     if run.exportable:
-        _write(state.model, config.output_dir, run.tokenizer_path, config.model.checkpoint, say)
+        _write(recipe.exports(state.model), config.output_dir, run.tokenizer_path, config.model.checkpoint, say)
     return 0
 
 
@@ -179,30 +183,41 @@ def _export(argv: list[str]) -> None:
         raise UsageError("export needs --run, the output folder of a run, and --output, a new folder")
     if step is not None and not step.isdecimal():
         raise UsageError(f"--step must be a whole number, not {step!r}")
-    model, config, tokenizer_path = restore_model(_recipes(), folder, None if step is None else int(step))
-    _write(model, output, tokenizer_path, config.model.checkpoint, _say)
+    networks, config, tokenizer_path = restore_model(_recipes(), folder, None if step is None else int(step))
+    _write(networks, output, tokenizer_path, config.model.checkpoint, _say)
 
 
 def _recipes() -> dict[str, Any]:
     from inference.rollout import sampler
+    from trainers.distill_recipe import DistillRecipe
+    from trainers.distill_trainer import DistillTrainer
+    from trainers.dpo_trainer import DPOTrainer
     from trainers.grpo_recipe import GRPORecipe
     from trainers.grpo_trainer import GRPOTrainer
     from trainers.language_model_recipe import LanguageModelRecipe
+    from trainers.ppo_recipe import PPORecipe
+    from trainers.ppo_trainer import PPOTrainer
+    from trainers.preference_recipe import DPORecipe, RewardRecipe
     from trainers.pretrain_trainer import PretrainTrainer
+    from trainers.reward_trainer import RewardTrainer
     from trainers.sft_trainer import SFTTrainer
 
     return {
         "pretrain": LanguageModelRecipe(PretrainTrainer),
         "sft": LanguageModelRecipe(SFTTrainer),
+        "dpo": DPORecipe(DPOTrainer),
+        "reward": RewardRecipe(RewardTrainer),
+        "ppo": PPORecipe(PPOTrainer, sampler),
         "grpo": GRPORecipe(GRPOTrainer, sampler),
+        "distill": DistillRecipe(DistillTrainer, sampler),
     }
 
 
-def _write(model, folder: str, tokenizer_path: Path, base: str | None, say: Callable[[str], None]) -> None:
+def _write(networks, folder: str, tokenizer_path: Path, base: str | None, say: Callable[[str], None]) -> None:
     from trainers.export import export
 
     try:
-        for path in export(model, folder, tokenizer_path=tokenizer_path, base=base):
+        for path in export(networks, folder, tokenizer_path=tokenizer_path, base=base):
             say(f"wrote {path}")
     except OSError as error:
         raise SystemExit(_fail(error)) from None

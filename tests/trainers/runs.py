@@ -1,5 +1,6 @@
 """Small runs for tests: settings, data of invented words, and what a run has left behind."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Mapping
@@ -11,10 +12,19 @@ import numpy as np
 
 from data.characters import write_character_tokenizer
 from inference.rollout import sampler
+from models.llama import PRESETS, load_tokenizer, save_pretrained
+from models.llama.init import random_model
+from trainers.distill_recipe import DistillRecipe
+from trainers.distill_trainer import DistillTrainer
+from trainers.dpo_trainer import DPOTrainer
 from trainers.grpo_recipe import GRPORecipe
 from trainers.grpo_trainer import GRPOTrainer
 from trainers.language_model_recipe import LanguageModelRecipe
+from trainers.ppo_recipe import PPORecipe
+from trainers.ppo_trainer import PPOTrainer
+from trainers.preference_recipe import DPORecipe, RewardRecipe
 from trainers.pretrain_trainer import PretrainTrainer
+from trainers.reward_trainer import RewardTrainer
 from trainers.run import prepare, train
 from trainers.sft_trainer import SFTTrainer
 from trainers.trainer import TrainState
@@ -23,7 +33,11 @@ from utils.settings import load_settings
 RECIPES = {
     "pretrain": LanguageModelRecipe(PretrainTrainer),
     "sft": LanguageModelRecipe(SFTTrainer),
+    "dpo": DPORecipe(DPOTrainer),
+    "reward": RewardRecipe(RewardTrainer),
+    "ppo": PPORecipe(PPOTrainer, sampler),
     "grpo": GRPORecipe(GRPOTrainer, sampler),
+    "distill": DistillRecipe(DistillTrainer, sampler),
 }
 # Never the same twice, and those that begin so.
 CLOCK = ("tokens_per_second", "step_seconds", "data_wait", "peak_memory_bytes", "mfu", "rollout_tokens_per_second")
@@ -73,6 +87,37 @@ def reinforcing(folder: Path, **changes: str) -> dict[str, str]:
             "trainer.accumulation_steps": "1",
             "trainer.learning_rate": "1e-2",
             "log.completions_every": "3",
+        }
+        | changes
+    )
+
+
+def ppo(folder: Path, **changes: str) -> dict[str, str]:
+    """Flags of 9 steps of PPO on the same prompts: rollouts of 4 x 2 completions, each for 2 updates, twice."""
+    own = {"rollout.completions": "2", "experience.mini_batches": "2", "experience.epochs": "2"}
+    return reinforcing(folder, **own) | changes
+
+
+def preferring(folder: Path, **changes: str) -> dict[str, str]:
+    """Flags of 9 steps over pairs of which the chosen answer says cat; 18 pairs: epochs end on the way."""
+    rows = [
+        {"prompt": words(2 + i % 3, i), "chosen": f" cat {words(1 + i % 4, 2 * i)}", "rejected": " " + words(3, 3 * i)}
+        for i in range(20)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_character_tokenizer([" ".join(_WORDS)], folder / "characters")
+    _give_an_end(folder / "characters")
+    flags = _flags(folder, "pairs.jsonl", "", str(folder / "characters"))
+    for key in ("data.sequence_length", "data.packing", "data.cache_dir", "loss.dropout"):
+        del flags[key]
+    return (
+        flags
+        | {
+            "data.max_prompt_length": "12",
+            "data.max_completion_length": "20",
+            "trainer.steps": "9",
+            "trainer.batch_size": "4",
+            "trainer.learning_rate": "1e-2",
         }
         | changes
     )
@@ -185,3 +230,41 @@ def same(a: Any, b: Any) -> bool:
 def _bytes(x: Any) -> np.ndarray:
     x = jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     return np.frombuffer(np.asarray(x).tobytes(), np.uint8)
+
+
+ON_POLICY = {
+    "on_policy.share": "0.5",
+    "on_policy.rollout.max_completion_length": "6",
+    "on_policy.rollout.completions": "2",
+    "on_policy.prompts.max_prompt_length": "16",
+}
+
+
+def distilling(folder: Path, *, on_policy: bool = False, **changes: str) -> dict[str, str]:
+    """Flags as those of `tuning`, with a teacher of random weights; half of the steps may be on-policy."""
+    flags = tuning(folder)
+    _give_an_end(folder / "characters")
+    _make_teacher(folder / "teacher", folder / "characters")
+    if on_policy:
+        rows = [{"prompt": words(2, i)} for i in range(11)]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags |= ON_POLICY | {"on_policy.prompts.train": str(folder / "prompts.jsonl")}
+    return flags | {"teacher.checkpoint": str(folder / "teacher")} | changes
+
+
+def _make_teacher(folder: Path, tokenizer: Path) -> None:
+    """A network wider than the students, whose predictions are far from even."""
+    config = dataclasses.replace(
+        PRESETS["tiny"],
+        vocab_size=load_tokenizer(tokenizer).vocab_size,
+        hidden_size=48,
+        intermediate_size=48,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        max_position_embeddings=32,
+        layer_windows=(None,),
+        initializer_range=0.4,
+    )
+    save_pretrained(random_model(config, key=jax.random.key(7)), folder, tokenizer_from=tokenizer)

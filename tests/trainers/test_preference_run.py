@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 
 import train
-from models.llama import load_pretrained
+from models.llama import PRESETS, LLaMa, load_pretrained, save_pretrained
 from models.llama.scalar import load_scalar
 from tests.trainers.runs import RECIPES, argv, go, metrics, numbers, preferring, same
-from trainers import preference_recipe
+from trainers import parts, preference_recipe
 from trainers.compile_only import compile_step
 from trainers.export import restore_model
+from trainers.preference_losses import LOSSES
+from trainers.preference_settings import DPORunConfig
+from trainers.settings import MeshConfig
+from utils.chips import slice_of
+from utils.settings import describe, load_settings
 
 LORA = {"lora.rank": "2", "lora.alpha": "4"}
 
@@ -162,10 +167,6 @@ def test_rows_that_are_no_pairs_are_named(program, tmp_path):
 
 def test_a_step_can_be_compiled_ahead_of_time(tmp_path):
     pytest.importorskip("libtpu")
-    from trainers.preference_settings import DPORunConfig
-    from utils.chips import slice_of
-    from utils.settings import load_settings
-
     flags = preferring(tmp_path, **{"trainer.batch_size": "16", "mesh.fsdp": "4", "mesh.data": "1"})
     flags |= {
         "model.changes": "{num_layers: 2, hidden_size: 256, intermediate_size: 512, num_heads: 4, "
@@ -180,10 +181,6 @@ def test_a_step_can_be_compiled_ahead_of_time(tmp_path):
 
 
 def test_the_memory_of_a_reference_is_in_the_table(tmp_path: Path):
-    from trainers import parts
-    from trainers.settings import MeshConfig
-    from utils.settings import load_settings
-
     steps = []
     for changes in ({}, {"reference.precompute": "true"}, LORA, {"loss.name": "simpo"}):
         config = load_settings(RECIPES["dpo"].config, None, preferring(tmp_path, **changes))
@@ -191,3 +188,50 @@ def test_the_memory_of_a_reference_is_in_the_table(tmp_path: Path):
         llama = parts.network_config(config.model, type("T", (), {"vocab_size": 40}))
         steps.append(RECIPES["dpo"].memory_step(config, llama, mesh).others)
     assert steps[0] > 0 and steps[1:] == [0, 0, 0]
+
+
+# The page for its users.
+
+
+@pytest.fixture(scope="module")
+def page(repo_root: Path) -> str:
+    return (repo_root / "docs" / "preferences.md").read_text()
+
+
+def test_settings_and_losses_of_the_page_exist(page):
+    known = set()
+    for command in ("dpo", "reward"):
+        known |= set(re.findall(r"^--([\w.]+):", describe(RECIPES[command].config), re.MULTILINE))
+    sections = {key.partition(".")[0] for key in known}
+    named = {text.partition(":")[0] for text in re.findall(r"`([^`\n]+)`", page)}
+    named = {text for text in named if re.fullmatch(r"\w+(\.\w+)+", text) and text.partition(".")[0] in sections}
+    assert len(named) > 12 and not named - known
+    table = page.partition("| `loss.name` |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == {*LOSSES, "kto"}
+
+
+def test_metrics_of_the_page_are_those_that_are_written(page, tmp_path):
+    written = set()
+    common = {"weight", "grad_norm", "learning_rate", "skipped", "loss"}
+    for name in ("sigmoid", "orpo", "kto"):
+        go("dpo", preferring(tmp_path, **{"loss.name": name, "trainer.steps": "2", "output_dir": str(tmp_path / name)}))
+        written |= {key for row in metrics(tmp_path / name) for key in row if "validation/" not in key}
+    table = page.partition("| metric | meaning | healthy |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert named == written - {"step", "data_wait", "peak_memory_bytes"}
+    assert common <= written
+
+
+def test_the_example_of_the_page_runs(page, tmp_path, monkeypatch, capsys):
+    [source] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(source.splitlines()) < 40
+    flags = preferring(tmp_path)
+    model = LLaMa(PRESETS["tiny"], key=jax.random.key(0))
+    save_pretrained(model, tmp_path / "model", tokenizer_from=flags["tokenizer"])
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(source, "docs/preferences.md", "exec"), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [str(step) for step in range(1, 11)]
+    assert all(0 <= float(line.split()[1]) <= 1 for line in lines) and int(names["state"].step) == 10

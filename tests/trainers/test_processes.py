@@ -162,6 +162,18 @@ def test_one_process_goes_on_where_two_were_and_two_where_one_was(started, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("command", "loss"), [("dpo", "sigmoid"), ("dpo", "kto"), ("reward", None)])
+def test_preferences_in_two_processes_are_those_of_one(started, tmp_path, command, loss):
+    """References and baselines are of rows of both, and padded to the longest of them."""
+    flags = runs.preferring(tmp_path, **{"trainer.batch_size": "16", "trainer.steps": "4"})
+    flags |= {} if loss is None else {"loss.name": loss}
+    for name, count in (("of one", 1), ("of two", 2)):
+        process = started(command, [flags | {"output_dir": str(tmp_path / name)}] * count)
+        assert set(process.codes()) == {0}, process.said(0)
+    assert_same_losses(tmp_path / "of one", tmp_path / "of two")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ((1, 2, 2, 2), (1, 1, 1, 8)))
 def test_axes_that_span_processes(started, tmp_path, mesh):
     """With adapters, which are exported beside the weights: all of them are gathered from both processes."""
