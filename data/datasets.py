@@ -19,7 +19,7 @@ from data.records import BadRow, TextRecord
 from data.store import TokenStore, open_bin, split
 from data.store_build import open_or_build, store_key
 
-__all__ = ["DataConfig", "Datasets", "SourceConfig", "open_datasets", "texts"]
+__all__ = ["DataConfig", "Datasets", "SourceConfig", "SourcesConfig", "open_datasets", "texts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,30 +45,22 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is trained and validated on. `validation`, or a `validation_fraction` of each training set, held out.
+class SourcesConfig:
+    """The data sets that are trained and validated on, and how their rows are read: what all such settings have.
 
-    A row has `sequence_length` places. `packing`: best_fit keeps documents whole, concat cuts the stream of them, none
-    gives each a row of its own. `chat_template` is a built-in name or a file, by default the tokenizer's own. Tokens
-    are kept in `cache_dir`, None for the user's cache.
+    `validation`, or a `validation_fraction` of each training set, held out. `chat_template` is a built-in name or a
+    file, by default the tokenizer's own.
     """
 
     train: str | tuple[str | SourceConfig, ...]
-    sequence_length: int
-    packing: Literal["best_fit", "concat", "none"]
     validation: str | tuple[str | SourceConfig, ...] = ()
     validation_fraction: float = 0.0
     chat_template: str | None = None
     on_bad_row: Literal["error", "skip"] = "error"
-    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if not self.train:
             raise ValueError("train names no data set")
-        if self.sequence_length < 1:
-            raise ValueError(f"sequence_length must be positive, not {self.sequence_length}")
-        if self.packing not in PACKINGS:
-            raise ValueError(f"packing {self.packing!r} is none of {', '.join(PACKINGS)}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction {self.validation_fraction} must be at least 0 and below 1")
         for source in self.validation_sources:
@@ -90,6 +82,26 @@ class DataConfig:
         """The shares of the training sets, None where none is given."""
         weights = [source.weight for source in self.train_sources]
         return None if all(w is None for w in weights) else tuple(1.0 if w is None else w for w in weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SourcesConfig):
+    """What is trained and validated on, packed into rows.
+
+    A row has `sequence_length` places. `packing`: best_fit keeps documents whole, concat cuts the stream of them, none
+    gives each a row of its own. Tokens are kept in `cache_dir`, None for the user's cache.
+    """
+
+    sequence_length: int
+    packing: Literal["best_fit", "concat", "none"]
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequence_length < 1:
+            raise ValueError(f"sequence_length must be positive, not {self.sequence_length}")
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing {self.packing!r} is none of {', '.join(PACKINGS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.chat_guard import ChatTokenizer
-from data.datasets import SourceConfig
+from data.datasets import SourceConfig, SourcesConfig
 from data.readers import Rows, data_files, open_rows
 from data.records import BadRow
 from data.records_messages import Message
@@ -35,46 +35,22 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsConfig:
-    """What is trained and validated on, row by row: what the settings of all such data have in common."""
+class RowsConfig(SourcesConfig):
+    """What is trained and validated on, row by row: what the settings of all such data have in common.
 
-    train: str | tuple[str | SourceConfig, ...]
+    `system` is put in front of conversations without a system message.
+    """
+
     max_prompt_length: int
-    validation: str | tuple[str | SourceConfig, ...] = ()
-    validation_fraction: float = 0.0
-    chat_template: str | None = None
     system: str | None = None
-    on_bad_row: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
-        if not self.train:
-            raise ValueError("train names no data set")
+        super().__post_init__()
         if self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length must be positive, not {self.max_prompt_length}")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction {self.validation_fraction} must be at least 0 and below 1")
-        if self.validation and self.validation_fraction:
-            raise ValueError(f"validation {self.validation!r} and validation_fraction exclude each other")
-        for source in self.validation_sources:
-            if source.weight is not None:
-                raise ValueError(f"the weight {source.weight} of {source.path} is for training, not for validation")
         for source in (*self.train_sources, *self.validation_sources):
             if source.token_dtype is not None:
                 raise ValueError(f"token_dtype {source.token_dtype!r} of {source.path}: tokens are no prompts")
-
-    @property
-    def train_sources(self) -> tuple[SourceConfig, ...]:
-        return _sources(self.train)
-
-    @property
-    def validation_sources(self) -> tuple[SourceConfig, ...]:
-        return _sources(self.validation)
-
-    @property
-    def weights(self) -> tuple[float, ...] | None:
-        """The shares of the training sets, None where none is given."""
-        weights = [source.weight for source in self.train_sources]
-        return None if all(w is None for w in weights) else tuple(1.0 if w is None else w for w in weights)
 
 
 class TooLong(ValueError):  # noqa: N818
@@ -214,11 +190,6 @@ def with_system(prompt: str | tuple[Message, ...], system: str | None) -> str | 
         raise ValueError("system needs a conversation, and the prompt is plain text")
     has_one = prompt[0]["role"] in ("system", "developer")
     return prompt if has_one else ({"role": "system", "content": system}, *prompt)
-
-
-def _sources(sources: str | tuple[str | SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-    sources = (sources,) if isinstance(sources, str) else sources
-    return tuple(SourceConfig(path=source) if isinstance(source, str) else source for source in sources if source)
 
 
 def _open(source: SourceConfig, kind: Callable[[Rows, SourceConfig], Kind]) -> Part:

@@ -12,10 +12,9 @@ import numpy as np
 
 from data.prompts import Prompt, gather_columns
 from trainers.advantages import combine
+from trainers.policy import from_the_right, padded_size
 from trainers.rewards import Reward, score
 from trainers.rollouts import Rollout
-
-_SMALLEST = 16  # sizes that prompts and completions are padded to: powers of two from here on
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,10 @@ def padded(groups: Sequence[Group]) -> dict[str, np.ndarray]:
     `mask_BCM`, bool, True for the tokens that were drawn, and `sampler_logprobs_BCM`."""
     lengths_P = np.array([len(group.prompt.ids) for group in groups], np.int32)
     count_PC = np.stack([group.count_C for group in groups])
-    S = _size(int(lengths_P.max()))
-    longest = groups[0].tokens_CM.shape[1]
-    M = min(_size(int(count_PC.max())), longest)
-    prompts_PS = np.zeros((len(groups), S), np.int32)
-    for row, group in enumerate(groups):
-        prompts_PS[row, S - lengths_P[row] :] = group.prompt.ids
+    M = padded_size(int(count_PC.max()), groups[0].tokens_CM.shape[1])
+    S = padded_size(int(lengths_P.max()), 2**31)
     return dict(
-        prompts_BS=prompts_PS,
+        prompts_BS=from_the_right([group.prompt.ids for group in groups], S),
         prompt_lengths_B=lengths_P,
         completions_BCM=np.stack([group.tokens_CM[:, :M] for group in groups]),
         mask_BCM=np.arange(M) < count_PC[..., None],
@@ -142,7 +137,3 @@ def _std(values: np.ndarray) -> float:
     """The unbiased standard deviation of those that are not NaN; 0 of one alone."""
     values = values[~np.isnan(values)]
     return float(values.std(ddof=1)) if values.size > 1 else 0.0
-
-
-def _size(length: int) -> int:
-    return max(_SMALLEST, 1 << (length - 1).bit_length())

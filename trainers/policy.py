@@ -4,11 +4,13 @@ Letters here: B rows, each a prompt with completions of it; C completions of a r
 completion; N = B C.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.llama import LLaMa
 from trainers.token_log_probs import TokenLogProbs, token_log_probs
@@ -73,6 +75,20 @@ class PolicyBatch:
     old_logprobs_BCM: Array | None = None
     reference_logprobs_BCM: Array | None = None
     weights_BCM: Array | None = None
+
+
+def padded_size(length: int, most: int) -> int:
+    """The size that prompts or completions are padded to: a power of two, at least 16 and at most `most`, so that
+    there are few sizes to compile for."""
+    return min(most, max(16, 1 << (length - 1).bit_length()))
+
+
+def from_the_right(texts: Sequence[Sequence[int]], size: int) -> np.ndarray:
+    """Texts of token ids as rows of that size, filled up with zeros in front; int32."""
+    rows_BS = np.zeros((len(texts), size), np.int32)
+    for row, ids in enumerate(texts):
+        rows_BS[row, size - len(ids) :] = ids
+    return rows_BS
 
 
 def completion_log_probs(

@@ -11,9 +11,8 @@ import jax
 import numpy as np
 
 from data.preferences import Preference
+from trainers.policy import from_the_right, padded_size
 from utils.shapes import Array
-
-_SMALLEST = 16
 
 
 @jax.tree_util.register_dataclass
@@ -56,18 +55,17 @@ def collate(
     C = len(rows[0].completions)
     S = padded_size(max(len(row.prompt_ids) for row in rows), max_prompt_length)
     M = padded_size(max(len(ids) for row in rows for ids in row.completions), max_completion_length)
-    prompts_BS, lengths_B = np.zeros((B, S), np.int32), np.ones(B, np.int32)
+    lengths_B = np.ones(B, np.int32)
     completions_BCM, mask_BCM = np.zeros((B, C, M), np.int32), np.zeros((B, C, M), np.float32)
     lengths_BC, weights_B = np.ones((B, C), np.int32), np.zeros(B, np.float32)
     for b, row in enumerate(rows):
         lengths_B[b], weights_B[b] = len(row.prompt_ids), 1
-        prompts_BS[b, S - len(row.prompt_ids) :] = row.prompt_ids
         for c, (ids, mask) in enumerate(zip(row.completions, row.masks, strict=True)):
             lengths_BC[b, c] = len(ids)
             completions_BCM[b, c, : len(ids)] = ids
             mask_BCM[b, c, : len(ids)] = mask
     return PreferenceBatch(
-        prompts_BS=prompts_BS,
+        prompts_BS=from_the_right([row.prompt_ids for row in rows] + [()] * (B - len(rows)), S),
         prompt_lengths_B=lengths_B,
         completions_BCM=completions_BCM,
         mask_BCM=mask_BCM,
@@ -82,11 +80,6 @@ def num_tokens(batch: PreferenceBatch) -> int:
     """Tokens of prompts and completions, each prompt once, without what fills up."""
     real_B = np.asarray(batch.weights_B) > 0
     return int(np.asarray(batch.prompt_lengths_B)[real_B].sum() + np.asarray(batch.lengths_BC)[real_B].sum())
-
-
-def padded_size(length: int, most: int) -> int:
-    """The next power of two, at least 16 and at most `most`."""
-    return min(most, max(_SMALLEST, 1 << (length - 1).bit_length()))
 
 
 def _column(values: Sequence[float], B: int) -> np.ndarray:

@@ -215,8 +215,9 @@ class RunConfig(CommonConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPORunConfig(CommonConfig):
-    """A run of GRPO: `trainer.batch_size` are the prompts of an update, `rollout.completions` those of each prompt.
+class RewardedRunConfig(CommonConfig):
+    """A run that learns from rewards of its own completions: `trainer.batch_size` are the prompts of an update,
+    `rollout.completions` those of each prompt.
 
     `rewards` are added up by their weights. Validation is by greedy completions; its loss is the negative reward.
     """
@@ -226,8 +227,6 @@ class GRPORunConfig(CommonConfig):
     data: PromptConfig
     rewards: tuple[RewardConfig, ...]
     rollout: RolloutConfig
-    experience: ExperienceConfig = field(default_factory=ExperienceConfig)
-    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     log: GRPOLogConfig = field(default_factory=GRPOLogConfig)
 
@@ -237,6 +236,17 @@ class GRPORunConfig(CommonConfig):
             raise ValueError("rewards is empty: there is nothing to learn from")
         if self.tokenizer == "characters":
             raise ValueError("tokenizer characters is made of training text, and prompts are none: give a folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPORunConfig(RewardedRunConfig):
+    """A run of GRPO."""
+
+    experience: ExperienceConfig = field(default_factory=ExperienceConfig)
+    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rollout.completions < 2:
             raise ValueError(
                 f"rollout.completions {self.rollout.completions} leaves nothing to compare a completion with"

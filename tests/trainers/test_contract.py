@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from models.llama import load_tokenizer
 from tests.trainers.contract import LORA, MAKERS, difference, flags_of, opened, stepped
-from tests.trainers.runs import go, metrics, numbers, same
+from tests.trainers.runs import argv, go, metrics, numbers, same
 from trainers.metrics import Throughput
+from utils.ahead_of_time import AHEAD_OF_TIME
 
 COMMANDS = sorted(MAKERS)
 WITH_AND_WITHOUT = pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
@@ -123,6 +125,25 @@ def test_a_batch_that_cannot_be_cut_is_refused_and_one_of_nothing_changes_nothin
     state, found = run.trainer.step(state, again(nothing))
     after = [np.asarray(leaf) for leaf in jax.tree.leaves(state.model)]
     assert int(found["skipped"]) == 1 and all(map(np.array_equal, before, after))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["dpo", "reward", "ppo", "distill"])
+def test_a_step_compiles_for_a_tpu_slice(command, repo_root, tmp_path):
+    """With what goes along: a reference's numbers, a critic, a teacher. By splash attention where there are prompts."""
+    pytest.importorskip("libtpu")
+    flags = flags_of(command, tmp_path)
+    words = load_tokenizer(flags["tokenizer"]).vocab_size if command == "distill" else 64
+    flags["model.changes"] = (
+        "{num_layers: 2, hidden_size: 256, intermediate_size: 512, num_heads: 4, num_kv_heads: 4, head_dim: 64, "
+        f"max_position_embeddings: 512, vocab_size: {words}}}"
+    )
+    lengths = ("data.max_prompt_length", "data.max_completion_length", "rollout.max_completion_length")
+    flags |= {key: "128" for key in lengths if key in flags} | {"mesh.data": "1", "mesh.fsdp": "4"}
+    program = [sys.executable, "train.py", command, *argv(flags), "--compile_only", "--topology=v5e:2x2"]
+    done = subprocess.run(program, cwd=repo_root, env=os.environ | AHEAD_OF_TIME, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "MFU" in done.stdout and ("splash_mha" in done.stdout) == (command != "distill")
 
 
 def test_every_command_is_under_the_contract():

@@ -13,12 +13,9 @@ from models.llama import PRESETS, LLaMa, load_pretrained, save_pretrained
 from models.llama.scalar import load_scalar
 from tests.trainers.runs import RECIPES, argv, go, metrics, numbers, preferring, same
 from trainers import parts, preference_recipe
-from trainers.compile_only import compile_step
 from trainers.export import restore_model
 from trainers.preference_losses import LOSSES
-from trainers.preference_settings import DPORunConfig
 from trainers.settings import MeshConfig
-from utils.chips import slice_of
 from utils.settings import describe, load_settings
 
 LORA = {"lora.rank": "2", "lora.alpha": "4"}
@@ -163,21 +160,6 @@ def test_rows_that_are_no_pairs_are_named(program, tmp_path):
     path.write_text("")
     code, error = program("dpo", *argv(flags))
     assert code == 2 and "pairs.jsonl" in error.splitlines()[-1]
-
-
-def test_a_step_can_be_compiled_ahead_of_time(tmp_path):
-    pytest.importorskip("libtpu")
-    flags = preferring(tmp_path, **{"trainer.batch_size": "16", "mesh.fsdp": "4", "mesh.data": "1"})
-    flags |= {
-        "model.changes": "{num_layers: 2, hidden_size: 256, intermediate_size: 512, num_heads: 4, "
-        "num_kv_heads: 2, head_dim: 64, max_position_embeddings: 1024, vocab_size: 512}",
-        "data.max_prompt_length": "512",
-        "data.max_completion_length": "512",
-        "tokenizer": "unread",
-    }
-    config = load_settings(DPORunConfig, None, flags)
-    program = compile_step(RECIPES["dpo"], config, slice_of("v5e:2x2"))
-    assert program.fits and program.full.lengths == (1024,) * 32
 
 
 def test_the_memory_of_a_reference_is_in_the_table(tmp_path: Path):
