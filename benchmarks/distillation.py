@@ -32,7 +32,7 @@ _AT_ONCE = 256  # texts that are drawn together
 def main(
     checkpoint: str,
     seeds: int = 3,
-    texts: int = 2048,
+    texts: int = 4096,
     tokens: int = 256,
     rows: int = 8,
     learning_rate: float = 1e-2,

@@ -176,6 +176,8 @@ class PreferenceSource(RowSource):
         for name, _, mask, _ in encoded:
             if True not in mask[start : start + M]:
                 raise ValueError(f"{name} has nothing to learn among its first {M} tokens")
+        if self._paired and len({each.ids[start : start + M] for each in encoded}) == 1:
+            raise ValueError(f"chosen and rejected are equal in their first {M} tokens, so that nothing is preferred")
         cut = [len(prompt) - self.max_prompt_length, *(len(each.ids) - start - M for each in encoded)]
         return Preference(
             prompt_ids=prompt[-self.max_prompt_length :],

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from data.records_messages import Message, parse_message, parse_messages, parse_tools
@@ -155,9 +154,13 @@ def normalize_preference(row: Mapping[str, Any], *, format: str | None = None) -
     """
 
     def parse(given: Mapping[str, Any]) -> PreferenceRecord | UnpairedRecord:
+        if len(found := given.keys() & {"chosen", "rejected"}) == 1:
+            raise ValueError(f"{'rejected' if 'chosen' in found else 'chosen'} is missing, the other answer of a pair")
         untagged = {key: value for key, value in given.items() if key not in _TAGS}
         record = _FORMATS[_choose(untagged, format)][1](untagged)
-        return record if isinstance(record, PreferenceRecord) else _tagged(record, given)
+        if isinstance(record, PreferenceRecord):
+            return replace(record, margin=_margin(given))
+        return _tagged(record, given)
 
     return _parsed(row, parse)
 
@@ -230,14 +233,14 @@ def _question(row: Mapping[str, Any]) -> ChatRecord:
 
 
 def _preference(row: Mapping[str, Any]) -> PreferenceRecord:
-    prompt, chosen, rejected, margin = _prompt(row), row["chosen"], row["rejected"], _margin(row)
+    prompt, chosen, rejected = _prompt(row), row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("chosen and rejected must both be text or both be messages")
     if isinstance(chosen, str) and (prompt is None or isinstance(prompt, str)):
         _check_no_conversation(row)
         if prompt is None:
             prompt, chosen, rejected = _split_texts(chosen, rejected)
-        return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin)
+        return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected)
     chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
     if prompt is None or isinstance(prompt, str):
         prompt, chosen, rejected = _split_conversations(prompt, chosen, rejected)
@@ -248,15 +251,17 @@ def _preference(row: Mapping[str, Any]) -> PreferenceRecord:
             found = f"begins with a {answer[0]['role']} message" if answer else "is empty"
             raise ValueError(f"{key} must go on from the prompt with an assistant message, but {found}")
     prompt, tools = _with_system(row, prompt), _conversation_tools(row)
-    return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected, tools=tools, margin=margin)
+    return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected, tools=tools)
 
 
 def _margin(row: Mapping[str, Any]) -> float | None:
     margin = row.get("margin")
     if margin is None:
         return None
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or margin != margin:
         raise ValueError(f"margin must be a number, got {margin!r:.80}")
+    if abs(margin) > _LARGEST_MARGIN:
+        raise ValueError(f"margin {margin!r:.80} is too large")
     return float(margin)
 
 
@@ -440,4 +445,5 @@ _FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Record]
 }
 FORMATS = tuple(_FORMATS)
 _TAGS = ("label", "kto_tag")
+_LARGEST_MARGIN = 1e30  # far from what float32 ends at
 _UNANSWERED = {"question": "answer", "instruction": "output"}

@@ -1,6 +1,5 @@
 """Runs of distillation: a frozen teacher beside the student, rows of the data or of the student's own completions."""
 
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from data.batch import Batch
 from data.chat import choose_template
 from data.prompts import open_prompts
 from data.row_loading import RowLoader
-from models.llama import LLaMa, LlamaConfig, check_vocabulary, load_config, load_pretrained, load_tokenizer
+from models.llama import LLaMa, LlamaConfig, load_config, load_pretrained
 from models.llama.tokenizer import Tokenizer
 from trainers import parts
 from trainers.distill_settings import DistillRunConfig, OnPolicyConfig
@@ -72,7 +71,7 @@ class DistillRecipe(Recipe):
         if config.on_policy is not None and jax.process_count() > 1:
             raise ValueError(f"on_policy draws in one process, of any number of devices, not in {jax.process_count()}")
         self.full_batch(config, llama, mesh)
-        _check_tokenizer(config.teacher.checkpoint, tokenizer)
+        parts.check_tokenizer("teacher.checkpoint", config.teacher.checkpoint, tokenizer)
         learn_all = config.learn == "all"
         data = open_packed(
             config, tokenizer, tokenizer_path=tokenizer_path, learn_all=learn_all, mesh=mesh, cache_dir=cache_dir
@@ -171,6 +170,7 @@ def _of_longest_rows(config: DistillRunConfig) -> DistillRunConfig:
 
 def _check_networks(config: DistillRunConfig, llama: LlamaConfig) -> None:
     """Raise ValueError for a teacher of another vocabulary, and for rows that are too long for one of the networks."""
+    parts.check_there("teacher.checkpoint", config.teacher.checkpoint)
     teacher = load_config(config.teacher.checkpoint)
     if teacher.vocab_size != llama.vocab_size:
         raise ValueError(
@@ -185,19 +185,6 @@ def _check_networks(config: DistillRunConfig, llama: LlamaConfig) -> None:
                 f"on_policy.rollout.max_completion_length {config.on_policy.rollout.max_completion_length} are "
                 f"together longer than the {whose}'s context of {network.max_text_length}"
             )
-
-
-def _check_tokenizer(checkpoint: str, tokenizer: Tokenizer) -> None:
-    """Raise ValueError where the teacher's ids mean something else than the run's, as far as its tokenizer is there."""
-    path = Path(checkpoint)
-    check_vocabulary(load_config(path), tokenizer)
-    try:
-        other = load_tokenizer(path if path.is_dir() else path.parent)
-    except FileNotFoundError:
-        return
-    pairs = [(own.encode(string.printable), own.special_tokens) for own in (tokenizer, other)]
-    if pairs[0] != pairs[1]:
-        raise ValueError(f"teacher.checkpoint {checkpoint} has another tokenizer than the run: ids mean something else")
 
 
 def _teacher_dtype(config: DistillRunConfig, mesh: Mesh) -> Any:

@@ -11,7 +11,7 @@ from trainers.policy import PolicyConfig, completion_log_probs
 from trainers.preference_batch import PreferenceBatch, num_tokens
 from trainers.preference_losses import PreferenceLossConfig, kto_loss, preference_loss
 from trainers.reference import Reference
-from trainers.trainer import Loss, Trainer, TrainState
+from trainers.trainer import AS_WRITTEN, Loss, Trainer, TrainState, num_runs
 from utils.shapes import Array
 
 
@@ -22,6 +22,8 @@ class DPOTrainer(Trainer):
     are compared with; without one they have to be in the batches, unless the loss needs none. Chosen and rejected
     completions go through the model together, behind their prompt, which is run once where `policy` has it so.
     """
+
+    compiler_options = AS_WRITTEN  # differences from the reference are small
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class DPOTrainer(Trainer):
             batch = next(batches, None)
         if batch is None:
             return None
-        throughput.add_step(tokens=num_tokens(batch))
+        throughput.add_step(tokens=num_tokens(batch) * num_runs(state.model))
         return self.scored(state.model, batch), {}
 
     def scored(self, model: LLaMa, batch: PreferenceBatch) -> PreferenceBatch:

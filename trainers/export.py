@@ -14,7 +14,7 @@ from trainers import parts
 from trainers.checkpoints import Checkpointer
 from trainers.recipe import Recipe
 from trainers.settings import CommonConfig, MeshConfig
-from trainers.snapshots import read_info
+from trainers.snapshots import CheckpointError, read_info
 from utils.settings import from_dict, to_dict
 
 CHECKPOINTS = "checkpoints"  # in a run's output folder
@@ -50,6 +50,14 @@ def last_step(folder: str | Path) -> int | None:
     return Checkpointer(checkpoints).latest() if checkpoints.is_dir() else None
 
 
+def last_command(folder: str | Path) -> str | None:
+    """What the newest checkpoint in a run's output folder is a run of; None where it cannot be told."""
+    try:
+        return read_info(Path(folder) / CHECKPOINTS / str(last_step(folder)))["settings"]["command"]
+    except CheckpointError:
+        return None
+
+
 def restore_model(
     recipes: Mapping[str, Recipe], folder: str | Path, step: int | None
 ) -> tuple[Mapping[str, nnx.Module], CommonConfig, Path]:
@@ -57,7 +65,8 @@ def restore_model(
     its tokenizer; None is the newest step.
 
     `folder` is the run's output folder, wherever it lies now; `recipes` are those of all commands.
-    Neither the run's data nor its base model are needed, and the devices may be others.
+    Neither the run's data nor its base model are needed, and the devices may be others; a separate critic that began as
+    another checkpoint is made by the config of that one, which has to be there.
     Raises OSError and ValueError for a folder without such a checkpoint.
     """
     checkpoints = Path(folder) / CHECKPOINTS

@@ -103,7 +103,7 @@ class InFlight(abc.ABC):
 
         A shorter list of prompts is filled up to the length of the first, so that nothing is compiled anew.
         """
-        policy, groups, size = self.policy_of(self._cast(model)), [], 0
+        policy, groups, size = self._cast(self.policy_of(model)), [], 0
         for prompts in batches:
             size = max(size, len(prompts))
             filled = [*prompts, *[prompts[-1]] * (size - len(prompts))]
@@ -121,7 +121,15 @@ class InFlight(abc.ABC):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self._waiting = [self.batch(**load_arrays(batch)) for batch in state["waiting"]]
+        waiting = [self.batch(**load_arrays(batch)) for batch in state["waiting"]]
+        for rows in (len(batch.prompts_BS) for batch in waiting):
+            if rows % self._rows:
+                raise ValueError(
+                    f"the checkpoint is in the middle of a rollout whose updates have {rows} rows, which "
+                    f"{self._rows} micro-batches and devices together cannot share evenly: go on with those it was "
+                    "made with until the rollout is through"
+                )
+        self._waiting = waiting
         self._metrics, self._prompts, self._tokens = dict(state["metrics"]), state["prompts"], state["tokens"]
 
     def _draw(self, model: nnx.Module, batches: Iterator[list[Prompt]], throughput: Throughput) -> bool:

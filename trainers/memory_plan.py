@@ -113,7 +113,7 @@ def step_of(
         options = parts.trainer_options(config, _STEPS)
     compute = compute_dtype(config, mesh)
     return memory.Step(
-        network=_network(llama),
+        network=network_of(llama),
         held=_held(model, options["optimizer"], options["trainable"], compute, platform),
         mesh=dict(mesh.shape),
         platform=platform,
@@ -191,7 +191,8 @@ def _attention(chosen: str, llama: LlamaConfig, T: int, dtype: np.dtype, mesh: M
         return choose(q_BTNH, k_BSKH, Mask(window=window, query_segments_BT=segments_BT, key_segments_BS=segments_BT))
 
 
-def _network(llama: LlamaConfig) -> memory.Network:
+def network_of(llama: LlamaConfig) -> memory.Network:
+    """The sizes of a network."""
     return memory.Network(
         L=llama.num_layers,
         D=llama.hidden_size,

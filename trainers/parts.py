@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from jax.sharding import Mesh
 
 from data.characters import write_character_tokenizer
 from data.datasets import texts
-from models.llama import PRESETS, LLaMa, LlamaConfig, load_config, load_pretrained
+from models.llama import (
+    PRESETS,
+    LLaMa,
+    LlamaConfig,
+    check_vocabulary,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+)
 from models.llama.config import config_to_hf
 from models.llama.init import random_model
 from models.llama.lora import add_lora
@@ -115,6 +124,25 @@ def tokenizer_path(config: CommonConfig, *, anew: bool) -> Path:
         write_character_tokenizer(texts(data.train_sources, skip_bad=data.on_bad_row == "skip"), folder)
     exchange()
     return folder
+
+
+def check_there(setting: str, path: str | Path) -> None:
+    """Raise FileNotFoundError, with the name of the setting, for a path where nothing is."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{setting} {path}: no such file or folder")
+
+
+def check_tokenizer(setting: str, checkpoint: str, tokenizer: Tokenizer) -> None:
+    """Raise ValueError where a checkpoint's ids mean something else than the run's; without a tokenizer it is taken."""
+    path = Path(checkpoint)
+    check_vocabulary(load_config(path), tokenizer)
+    try:
+        other = load_tokenizer(path if path.is_dir() else path.parent)
+    except FileNotFoundError:
+        return
+    pairs = [(own.encode(string.printable), own.special_tokens) for own in (tokenizer, other)]
+    if pairs[0] != pairs[1]:
+        raise ValueError(f"{setting} {checkpoint} has another tokenizer than the run: ids mean something else")
 
 
 def fingerprint(path: Path) -> str:

@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from models.llama import LLaMa, LlamaConfig, load_config
 from models.llama.scalar import ScalarLLaMa, load_scalar, random_scalar
+from models.llama.tokenizer import Tokenizer
 from trainers import parts
 from trainers.actor_critic import ActorCritic
-from trainers.memory_plan import laid_out
+from trainers.memory_plan import Setting, laid_out, network_of
 from trainers.ppo_experience import PPOBatch, PPOExperience
 from trainers.ppo_settings import PPORunConfig
 from trainers.rollout_recipe import RolloutRecipe, check_length
@@ -25,6 +26,15 @@ class PPORecipe(RolloutRecipe):
 
     def experience(self, config: PPORunConfig, model: ActorCritic, /, *arguments: Any, **options: Any) -> PPOExperience:
         return PPOExperience(*arguments, seed=config.trainer.seed, **options)
+
+    def check(self, config: PPORunConfig, llama: LlamaConfig, tokenizer: Tokenizer) -> None:
+        if config.critic.checkpoint is not None:
+            critic_config(config, llama)
+            parts.check_tokenizer("critic.checkpoint", config.critic.checkpoint, tokenizer)
+
+    def sizes(self, setting: Setting) -> Mapping[str, Any]:
+        own = None if setting.config.critic.kind == "head" else critic_config(setting.config, setting.llama)
+        return {**super().sizes(setting), "second": None if own is None else network_of(own)}
 
     def needs_reference(self, config: PPORunConfig) -> bool:
         return config.experience.kl_coef > 0
@@ -82,6 +92,7 @@ def critic_config(config: PPORunConfig, llama: LlamaConfig) -> LlamaConfig:
     path = config.critic.checkpoint
     if path is None:
         return llama
+    parts.check_there("critic.checkpoint", path)
     own = load_config(path)
     if own.vocab_size != llama.vocab_size:
         raise ValueError(

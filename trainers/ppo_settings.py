@@ -40,3 +40,11 @@ class PPORunConfig(RewardedRunConfig):
     critic: CriticConfig = field(default_factory=CriticConfig)
     experience: PPOExperienceConfig = field(default_factory=PPOExperienceConfig)
     loss: PPOLossConfig = field(default_factory=PPOLossConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout {self.lora.dropout} would make the policy another one than that of the rollout, whose "
+                "log-probabilities and values have none: PPO goes without"
+            )

@@ -51,8 +51,8 @@ def preference_loss(
     sums over the active tokens; a loss without a reference does not read them. Only `logprobs_BCM` has a gradient.
 
     Metrics have TRL's names. `rewards/chosen` and `rewards/rejected` are r_w and r_l, `rewards/margins` their
-    difference, and `rewards/accuracies` how often it is above 0, where a tie counts half: 0.5 at the start, when policy
-    and reference are the same. `logps/*` are sums over tokens. With an SFT term `nll_loss`; of orpo also
+    difference, and `rewards/accuracies` how often it is above 0, where a tie counts half: 0.5 where policy and
+    reference give the same numbers. `logps/*` are sums over tokens. With an SFT term `nll_loss`; of orpo also
     `log_odds_chosen`, the difference of log-odds, and `log_odds_ratio`, log σ of it.
 
     Deviations from TRL: its rewards of ipo and sigmoid_norm are of sums, though those losses compare averages; its

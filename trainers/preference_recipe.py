@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,15 @@ from data.chat import choose_template
 from data.preferences import Preferences, PreferenceSource, open_preferences
 from data.row_loading import RowLoader
 from models.llama import LLaMa, LlamaConfig, load_pretrained, remove_lora
+from models.llama.checkpoint import open_checkpoint
 from models.llama.scalar import ScalarLLaMa, load_scalar, random_scalar
 from models.llama.tokenizer import Tokenizer
 from trainers import parts
 from trainers.memory_plan import Setting, behind_prompts, laid_out
 from trainers.preference_batch import PreferenceBatch, collate
 from trainers.preference_settings import DPORunConfig, RewardRunConfig
-from trainers.recipe import Course, FullBatch, Recipe
-from trainers.reference import Reference, files_of, score_all
+from trainers.recipe import Course, FullBatch, Recipe, Stateful
+from trainers.reference import Reference, SameWeights, ScoredPreferences, score_all
 from trainers.trainer import Trainer, TrainState
 from utils.distributed import check_same
 from utils.rope import DynamicScaling
@@ -62,25 +64,22 @@ class DPORecipe(Recipe):
         mesh: Mesh,
         cache_dir: str | Path,
     ) -> Callable[[LLaMa], Course]:
+        own, folder = config.reference, Path(config.reference.cache_dir or cache_dir)
+        _check_reference(config, llama, folder)
         data = _Data(config, tokenizer, llama, mesh, paired=config.loss.paired, whole=False)
-        own = config.reference
-        if own.checkpoint is not None and not Path(own.checkpoint).exists():
-            raise FileNotFoundError(f"reference.checkpoint {own.checkpoint}: no such file or folder")
-        if own.precompute and jax.process_count() > 1:
-            raise ValueError(f"reference.precompute is for one process, and there are {jax.process_count()}")
+        words = parts.fingerprint(tokenizer_path)
 
         def course(model: LLaMa) -> Course:
             reference = self._reference(config, model, mesh)
             trainer = self.make_trainer(config, data.num_steps, reference=reference)
+            carried = {} if reference is None else {"reference": SameWeights("the reference", reference.of(model))}
             makers: tuple[Collate, Collate] = (collate, collate)
             if own.precompute:
-                folder = Path(own.cache_dir or cache_dir)
-                makers = tuple(
-                    collate if source is None else self._scored(config, source, reference, model, folder, data).batch
-                    for source in (data.preferences.train, data.preferences.validation)
-                )
+                score = partial(self._scored, config, reference, model, folder=folder, words=words, sizes=data.sizes)
+                sources = data.preferences.train, data.preferences.validation
+                makers = tuple(collate if source is None else score(source).batch for source in sources)
                 trainer.reference = reference = None  # so that its arrays may go
-            return data.course(trainer, *makers, prepared=trainer.scored)
+            return data.course(trainer, *makers, prepared=trainer.scored, carried=carried)
 
         return course
 
@@ -88,45 +87,44 @@ class DPORecipe(Recipe):
         """The reference of a run, None where the loss has no use for one."""
         if not config.loss.needs_reference:
             return None
+        compute = self.make_trainer(config, 1).compute_dtype
         if config.reference.checkpoint is not None:
             dtype = jnp.dtype(config.model.dtype)
             network: Any = load_pretrained(config.reference.checkpoint, dtype=dtype, mesh=mesh)
-            if network.config.vocab_size != model.config.vocab_size:
-                raise ValueError(
-                    f"reference.checkpoint {config.reference.checkpoint} has {network.config.vocab_size} token ids, "
-                    f"the model {model.config.vocab_size}: they cannot be compared"
-                )
         elif config.lora is not None:
             network = remove_lora
+        elif config.reference.precompute or compute not in (None, jnp.dtype(config.model.dtype)):
+            network = model  # its numbers are taken before the first step, or cast to others
         else:
-            network = model if config.reference.precompute else jax.tree.map(jnp.copy, model)
+            network = jax.tree.map(jnp.copy, model)
         return Reference(
             network,
             policy=config.policy,
-            compute_dtype=self.make_trainer(config, 1).compute_dtype,
+            compute_dtype=compute,
             micro_batches=config.trainer.accumulation_steps,
         )
 
     def _scored(
         self,
         config: DPORunConfig,
-        source: PreferenceSource,
         reference: Reference,
         model: LLaMa,
+        source: PreferenceSource,
+        *,
         folder: Path,
-        data: "_Data",
-    ) -> Any:
-        checkpoint = config.reference.checkpoint or config.model.checkpoint
-        network = (config.model, config.trainer.seed) if checkpoint is None else files_of(checkpoint)
-        computed = (config.trainer.compute_dtype, config.model.dtype, jax.devices()[0].device_kind)
+        words: str,
+        sizes: Mapping[str, int],
+    ) -> ScoredPreferences:
+        trainer, device = config.trainer, jax.devices()[0].device_kind
+        computed = (trainer.compute_dtype, trainer.accumulation_steps, trainer.batch_size, config.policy, config.mesh)
         return score_all(
             source,
             reference,
             model,
             cache_dir=folder,
-            made_by=(network, computed),
-            sizes=data.sizes,
-            batch_size=config.trainer.batch_size,
+            made_by=(words, computed, device, jax.device_count(), jax.__version__),
+            sizes=sizes,
+            batch_size=trainer.batch_size,
         )
 
 
@@ -218,6 +216,7 @@ class _Data:
         validation: Collate,
         *,
         prepared: Callable[[Any, PreferenceBatch], PreferenceBatch] = lambda model, batch: batch,
+        carried: Mapping[str, Stateful] | None = None,
     ) -> Course:
         """The course of a run, whose batches `train` and `validation` put together and `prepared` completes."""
         loader = self._loader(self.preferences.train, train)
@@ -233,6 +232,7 @@ class _Data:
             num_steps=self.num_steps,
             report=self.preferences.report,
             evaluate=None if self.preferences.validation is None else evaluate,
+            carried=carried or {},
             summary=lambda: loader.summary,
         )
 
@@ -278,6 +278,31 @@ def _full_batch(config: Any, llama: LlamaConfig, mesh: Mesh, *, paired: bool, re
         kl_B=None if paired else array(B),
     )
     return FullBatch(batch, (S + M,) * (B * C))
+
+
+def _check_reference(config: DPORunConfig, llama: LlamaConfig, cache_dir: Path) -> None:
+    """Raise ValueError and OSError for a reference that cannot be compared with, or whose numbers cannot be kept."""
+    own = config.reference
+    if own.precompute and jax.process_count() > 1:
+        raise ValueError(f"reference.precompute is for one process, and there are {jax.process_count()}")
+    if own.precompute:
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(f"reference.cache_dir {cache_dir}: {error.strerror or error}") from error
+        if not os.access(cache_dir, os.W_OK | os.X_OK):
+            raise PermissionError(f"reference.cache_dir {cache_dir} may not be written to")
+    if own.checkpoint is None:
+        return
+    parts.check_there("reference.checkpoint", own.checkpoint)
+    opened = open_checkpoint(own.checkpoint)
+    if opened.scores:
+        raise ValueError(f"reference.checkpoint {own.checkpoint} gives scores: the reference is a language model")
+    if opened.config.vocab_size != llama.vocab_size:
+        raise ValueError(
+            f"reference.checkpoint {own.checkpoint} has {opened.config.vocab_size} token ids, the model "
+            f"{llama.vocab_size}: they cannot be compared"
+        )
 
 
 def _check_length(config: Any, llama: LlamaConfig) -> None:

@@ -11,7 +11,7 @@ from trainers.metrics import Throughput
 from trainers.policy import PolicyConfig, completion_states
 from trainers.preference_batch import PreferenceBatch, num_tokens
 from trainers.preference_losses import RewardLossConfig, reward_loss
-from trainers.trainer import Loss, Trainer, TrainState
+from trainers.trainer import Loss, Trainer, TrainState, num_runs
 from utils.shapes import Array
 
 
@@ -39,7 +39,7 @@ class RewardTrainer(Trainer):
         """The next batch, counted."""
         prepared = super().prepare(state, batches, throughput)
         if prepared is not None:
-            throughput.add_step(tokens=num_tokens(prepared[0]))
+            throughput.add_step(tokens=num_tokens(prepared[0]) * num_runs(state.model))
         return prepared
 
     def loss(self, model: ScalarLLaMa, batch: PreferenceBatch, key: Array | None) -> Loss:

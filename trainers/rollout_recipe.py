@@ -22,6 +22,7 @@ from trainers.groups import count_pieces
 from trainers.in_flight import InFlight
 from trainers.memory_plan import Setting, behind_prompts, drawing
 from trainers.recipe import Course, FullBatch, Recipe
+from trainers.reference import SameWeights
 from trainers.rewards import load_rewards
 from trainers.rollouts import RollOut
 from trainers.settings import CommonConfig
@@ -95,6 +96,10 @@ class RolloutRecipe(Recipe):
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
         return FullBatch(batch, (S + M,) * (prompts * completions))
 
+    def check(self, config: Any, llama: LlamaConfig, tokenizer: Tokenizer) -> None:
+        """Raise ValueError and OSError for settings of the algorithm that do not fit together."""
+        return None
+
     def open(
         self,
         config: Any,
@@ -112,6 +117,7 @@ class RolloutRecipe(Recipe):
         rows = num_rows(config, mesh)
         count_pieces(config.trainer.batch_size, config.rollout.completions, rows)
         check_length(config, llama)
+        self.check(config, llama, tokenizer)
         prompts = open_prompts(
             config.data,
             tokenizer,
@@ -128,6 +134,8 @@ class RolloutRecipe(Recipe):
 
         def course(model: Any) -> Course:
             trainer = self.make_trainer(config, num_steps)
+            reference = self._reference(config, model)
+            own = isinstance(reference, LLaMa)
             trainer.experience = experience = self.experience(
                 config,
                 model,
@@ -137,7 +145,7 @@ class RolloutRecipe(Recipe):
                 rollout=config.rollout,
                 config=config.experience,
                 policy=config.policy,
-                reference=self._reference(config, model),
+                reference=reference,
                 compute_dtype=trainer.compute_dtype,
                 micro_batches=config.trainer.accumulation_steps,
                 rows=rows,
@@ -147,9 +155,10 @@ class RolloutRecipe(Recipe):
                 data=loader,
                 num_steps=num_steps,
                 report=(*prompts.report, *self._lines(config, tokenizer)),
-                summary=lambda: (loader.left_out,) if loader.left_out else (),
+                summary=lambda: loader.summary,
                 evaluate=self._evaluation(config, prompts, experience, tokenizer),
-                carried={"experience": experience},
+                carried={"experience": experience}
+                | ({"reference": SameWeights("the reference", reference)} if own else {}),
                 observers=lambda *place: _observers(config, experience, [reward.name for reward in rewards], *place),
             )
 

@@ -17,7 +17,7 @@ from data.records import BadRow
 from models.llama import check_vocabulary, load_tokenizer
 from trainers import memory_plan, parts
 from trainers.checkpoints import Checkpointer, Restored
-from trainers.export import CHECKPOINTS, restorable
+from trainers.export import CHECKPOINTS, last_command, restorable
 from trainers.flops import peak_flops
 from trainers.logs import METRICS_FILE, MetricWriter, open_writers
 from trainers.memory import PartMemory
@@ -90,6 +90,8 @@ def prepare(
     """
     _check_settings(command, config, resume)
     holds_run = _check_output(Path(config.output_dir), resume)
+    if holds_run and (begun := last_command(config.output_dir)) not in (None, command):
+        raise ValueError(f"{config.output_dir} holds a run of {begun}: go on with it as {begun}")
     _check_shared(Path(config.output_dir))
     mesh = parts.make_mesh(config.mesh)
     tokenizer_path = parts.tokenizer_path(config, anew=not holds_run)
@@ -128,7 +130,10 @@ def train(run: Run, *, resume: bool, interrupted: Callable[[], bool], say: Calla
         if restored is not None:
             state = restored.state
             for name, part in _carried(run).items():
-                part.restore(restored.data_state[name])
+                if name in restored.data_state:
+                    part.restore(restored.data_state[name])
+                else:
+                    say(f"the checkpoint holds no {name}: that begins anew")
         resume_step = _resume_step(resume, restored)
         writer = open_writers(
             folder,
@@ -230,7 +235,9 @@ def _check_settings(command: str, config: CommonConfig, resume: bool) -> None:
     """Raise ValueError, in all processes, where one has other settings, but for logs and for paths on its machine."""
     own = to_dict(config) | {"command": command, "resume": resume}
     own |= dict.fromkeys(("output_dir", "tokenizer", "log"))
-    own["model"] = own["model"] | {"checkpoint": None}
+    for section in ("model", "teacher", "critic", "reference"):
+        if isinstance(own.get(section), dict):
+            own[section] = own[section] | dict.fromkeys(own[section].keys() & {"checkpoint", "cache_dir"})
     own["data"] = own["data"] | dict.fromkeys(("train", "validation", "cache_dir"))
     values = exchange(own)
     for index, other in enumerate(values):
@@ -293,8 +300,6 @@ def _restore(checkpointer: Checkpointer, run: Run, state: TrainState, say: Calla
     for leaf in jax.tree.leaves((state.model, state.opt_state)):
         leaf.delete()  # so that memory need not hold both
     restored = checkpointer.restore(state)
-    if (command := restored.settings["command"]) != run.command:
-        raise ValueError(f"{run.config.output_dir} holds a run of {command}: go on with it as {command}")
     for line in (*restored.warnings, *restored.version_changes()):
         say(line)
     if changed := diff(restored.settings["config"], to_dict(run.config)):

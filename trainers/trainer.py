@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from utils.shapes import Array
 from utils.sharding import batch_spec, letters_at, mesh_of, named_sharding, on_mesh_of, process_rows
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+# For XLA: in half precision every value is rounded as the program says, and not where it suits a fusion. Two programs
+# that compute the same log-probabilities then get the same numbers, whatever else they compute.
+AS_WRITTEN = {"xla_allow_excess_precision": False}
 _GROWTH_INTERVAL = 2000  # updates without overflow after which the loss scale doubles
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-24, 2.0**24  # below 1 too: gradients are sums, so a batch may be large
 
@@ -99,6 +102,8 @@ class Trainer(abc.ABC):
 
     Raises ValueError for options outside their range.
     """
+
+    compiler_options: ClassVar[Mapping[str, Any]] = {}  # of XLA, for the step and for evaluation
 
     def __init__(
         self,
@@ -182,11 +187,14 @@ class Trainer(abc.ABC):
     @functools.cached_property
     def step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
         """step(state, batch) -> the next state and metrics, compiled. The state given is used up."""
-        return jax.jit(self._step, donate_argnums=0)
+        return jax.jit(self._step, donate_argnums=0, compiler_options=dict(self.compiler_options))
 
     @functools.cached_property
     def _sums(self) -> Callable[[nnx.Module, Any], Loss]:
-        return jax.jit(lambda model, batch: self.loss(cast(model, self.compute_dtype), batch, None))
+        return jax.jit(
+            lambda model, batch: self.loss(cast(model, self.compute_dtype), batch, None),
+            compiler_options=dict(self.compiler_options),
+        )
 
     def fit(
         self,
@@ -381,6 +389,12 @@ def shardings_like(opt_state: Any, trained: Any) -> Any:
 
 def _keys(path: tuple) -> tuple[str, ...]:
     return tuple(str(key) for key in path)
+
+
+def num_runs(model: nnx.Module) -> int:
+    """How many equal runs of rows a batch is made of, of which this process has one."""
+    mesh = mesh_of(model)
+    return 1 if mesh is None else process_rows(mesh)[1]
 
 
 def placement(model: nnx.Module) -> Callable[[Any], Any]:

@@ -5,6 +5,7 @@ the network, the batch and the mesh, for each of the moments at which it may be 
 together are not added up. Letters as in `utils.ops`; the sizes of a device's own part are lower case.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ class Step:
     tensor and sequence. `itemsize` is that of the dtype that is computed in, `stored` that of the parameters; `remat`
     a key of `models.llama.model.REMAT`, `attention` the implementation, `chunk` the logits of a device at once.
     `trains_all` tells the whole network from adapters. A token reads up to `keys` others, by default those of its row.
-    `others` are the bytes on a device of networks beside the trained one, such as a reference.
+    `others` are the bytes on a device of networks beside the trained one, such as a reference; `second` is one that is
+    trained along with it on the same rows, such as a critic. The rows are called `rows_are`.
     """
 
     network: Network
@@ -86,6 +88,7 @@ class Step:
     keys: int | None = None
     rollout: "Rollout | None" = None
     others: int = 0
+    second: Network | None = None
     rows_are: str = "rows"
 
     def over(self, *axes: str) -> int:
@@ -206,6 +209,9 @@ def rollout_parts(step: Step, rollout: Rollout) -> Parts:
 
 def kept(step: Step) -> int:
     """Bytes that the forward pass keeps for the backward pass: those that `models.llama.model.REMAT` speaks of."""
+    if step.second is not None:
+        networks = (step.network, step.second)
+        return sum(kept(dataclasses.replace(step, network=own, second=None)) for own in networks)
     L = step.network.L
     if step.remat == "block":
         return L * step.stream

@@ -35,7 +35,8 @@ class HeadParam(nnx.Param):
 class ScalarLLaMa(nnx.Module):
     """A network without output matrix, and a head of one row on its hidden states. It is its parameters, as `LLaMa` is.
 
-    The head is float32 whatever the network, as are scores: it is small, and trained where the network is not.
+    The head is kept in float32 whatever the network, and scores are float32: it is small, and trained where the network
+    is not. A trainer that computes in half precision rounds it with the rest.
     """
 
     def __init__(self, llama: LLaMa, score_D: Array):

@@ -139,6 +139,9 @@ def test_tools_of_unpaired_preferences():
         ({"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}, "formats completion, preference"),
         ({"prompt": "a", "chosen": "c", "rejected": "d", "margin": True}, "margin must be a number, got True"),
         ({"prompt": "a", "chosen": "c", "rejected": "d", "margin": float("nan")}, "margin must be a number, got nan"),
+        ({"prompt": "a", "chosen": "c", "rejected": "d", "margin": 10**400}, "margin 1000.* is too large"),
+        ({"prompt": "a", "chosen": "c"}, "rejected is missing"),
+        ({"prompt": "a", "rejected": "c", "label": True}, "chosen is missing"),
     ],
 )
 def test_rows_that_prefer_nothing(row, why):

@@ -336,6 +336,15 @@ def test_eight_devices_give_the_steps_of_one(repo_root: Path):
     assert done.stdout.split() == ["same"]
 
 
+def test_on_policy_steps_may_begin_when_a_run_is_resumed(tmp_path: Path):
+    flags = distilling(tmp_path, on_policy=True)
+    before = {key: value for key, value in flags.items() if not key.startswith("on_policy")}
+    go("distill", before, stop_at=2)
+    said: list[str] = []
+    state = go("distill", flags | {"trainer.steps": "5"}, resume=True, said=said)
+    assert int(state.step) == 5 and "the checkpoint holds no prompts: that begins anew" in said
+
+
 # The page for users.
 
 

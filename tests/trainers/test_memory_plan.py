@@ -14,7 +14,7 @@ from flax import nnx
 
 from models.llama import PRESETS, LoraConfig, add_lora
 from models.llama.init import random_model
-from tests.trainers.runs import RECIPES, pretraining, reinforcing, tuning
+from tests.trainers.runs import RECIPES, ppo, pretraining, reinforcing, tuning
 from trainers import memory_plan
 from trainers.optimizers import OptimizerConfig, make_optimizer
 from trainers.run import prepare
@@ -85,6 +85,19 @@ def test_adapters_alone_have_optimizer_state(tmp_path):
     assert adapted.held.optimizer < whole.held.optimizer / 4
     assert adapted.held.gradients < whole.held.gradients / 4
     assert not adapted.trains_all and whole.trains_all
+
+
+def test_a_separate_critic_has_activations_of_its_own(tmp_path):
+    head, separate = (
+        RECIPES["ppo"].memory_step(
+            load_settings(RECIPES["ppo"].config, None, ppo(tmp_path, **{"critic.kind": kind})),
+            NETWORK,
+            make_mesh((1, 1, 1, 1)),
+        )
+        for kind in ("head", "separate")
+    )
+    assert memory.kept(separate) == 2 * memory.kept(head) > 0
+    assert separate.held.parameters > 1.5 * head.held.parameters
 
 
 def test_a_batch_that_does_not_fit_is_warned_of(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from trainers.parts import network_config
 from trainers.run import prepare
 from utils.settings import describe, load_settings
 
-LORA = {"lora.rank": "2", "lora.alpha": "4", "lora.dropout": "0.1"}
+LORA = {"lora.rank": "2", "lora.alpha": "4"}
 SEPARATE = {"critic.kind": "separate"}
 PENALTIES = {"experience.missing_eos_penalty": "0.5", "experience.whiten_rewards": "true"}
 

@@ -1,5 +1,6 @@
 """Runs of DPO and reward models: what they write, what the reference is, and what is refused."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import train
 from models.llama import PRESETS, LLaMa, load_pretrained, save_pretrained
 from models.llama.scalar import load_scalar
+from tests.trainers.contract import difference, flags_of, stepped
 from tests.trainers.runs import RECIPES, argv, go, metrics, numbers, preferring, same
 from trainers import parts, preference_recipe
 from trainers.export import restore_model
@@ -76,11 +78,56 @@ def test_a_reference_that_is_computed_before_is_the_one_computed_on_the_way(tmp_
     pairs = zip(jax.tree.leaves(states[0].model), jax.tree.leaves(states[1].model), strict=True)
     assert max(np.abs(np.asarray(x) - np.asarray(y)).max() for x, y in pairs) < 1e-4
 
+    kept = next((tmp_path / "kept").glob("reference-*.npy"))
+    kept.write_bytes(kept.read_bytes()[:50])  # as a crash may leave it: it is made anew
+    assert same(go("dpo", {**flags, **before, "output_dir": str(tmp_path / "c")}), states[1])
     monkeypatch.setattr(preference_recipe.Reference, "scored", None)  # it is not computed again
-    again = go("dpo", {**flags, **before, "output_dir": str(tmp_path / "c")})
-    assert same(again, states[1])
+    assert same(go("dpo", {**flags, **before, "output_dir": str(tmp_path / "d")}), states[1])
     with pytest.raises(TypeError):  # another reference is
-        go("dpo", {**flags, **before, "trainer.seed": "1", "output_dir": str(tmp_path / "d")})
+        go("dpo", {**flags, **before, "trainer.seed": "1", "output_dir": str(tmp_path / "e")})
+    monkeypatch.setattr(parts, "fingerprint", lambda path: "another")
+    with pytest.raises(TypeError):  # and that of other tokens
+        go("dpo", {**flags, **before, "output_dir": str(tmp_path / "f")})
+
+
+@pytest.mark.parametrize("how", ["reference.checkpoint", "model.checkpoint"])
+def test_a_reference_that_has_changed_is_not_gone_on_with(program, tmp_path, how):
+    flags = preferring(tmp_path, **{"trainer.steps": "4"})
+    place = tmp_path / "base"
+    config = dataclasses.replace(PRESETS["tiny"], num_layers=1, vocab_size=32, layer_windows=(None,))
+    base, other = (LLaMa(config, key=jax.random.key(seed)) for seed in (0, 1))
+    save_pretrained(base, place, tokenizer_from=flags["tokenizer"])
+    flags |= {"model.preset": "null", "model.changes": "{}", "model.checkpoint": str(place)}
+    flags[how] = str(place)
+    go("dpo", flags, stop_at=2)
+    assert program("dpo", *argv(flags | {"trainer.steps": "3"}), "--resume")[0] == 0
+    save_pretrained(other, place, tokenizer_from=flags["tokenizer"])
+    code, error = program("dpo", *argv(flags), "--resume")
+    assert code == 2 and "the reference is not the network that it was when the run began" in error
+    flags.pop("reference.checkpoint", None)
+    code, error = program("reward", *argv(flags | {"checkpoint.metric": "validation/loss"}), "--resume")
+    assert code == 2 and error.endswith("holds a run of dpo: go on with it as dpo\n")
+
+
+def test_no_usable_row_is_said_before_the_reference_is_asked(program, tmp_path):
+    changes = {"reference.precompute": "true", "data.on_bad_row": "skip", "reference.cache_dir": str(tmp_path / "kept")}
+    flags = preferring(tmp_path, **changes)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "the cat", "chosen": " sat"}\n' * 9)
+    code, error = program("dpo", *argv(flags))
+    assert code == 2 and "not one of 8 pairs can be used" in error and "rejected is missing" in error
+
+
+@pytest.mark.parametrize("changes", [{"loss.name": "kto"}, {"reference.precompute": "true"}], ids=str)
+def test_what_the_contract_asks_of_other_references(tmp_path, changes):
+    changes = changes | ({"reference.cache_dir": str(tmp_path / "kept")} if "reference.precompute" in changes else {})
+    flags = flags_of("dpo", tmp_path, **changes)
+    found = difference(*(stepped("dpo", flags | {"trainer.accumulation_steps": n}) for n in ("1", "4")))
+    assert found["metrics"] < 2e-5 and found["parameters"] < 2e-5 and found["grad_norm"] > 1e-3, found
+    flags = preferring(tmp_path, **{"trainer.steps": "5", **changes})
+    whole, cut = ({**flags, "output_dir": str(tmp_path / name)} for name in ("whole", "cut"))
+    expected = go("dpo", whole)
+    go("dpo", cut, stop_at=2)
+    assert same(go("dpo", cut, resume=True), expected) and numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
 
 
 def test_another_checkpoint_may_be_the_reference(tmp_path):

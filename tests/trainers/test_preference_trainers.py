@@ -18,7 +18,7 @@ from trainers.metrics import Throughput
 from trainers.policy import PolicyConfig
 from trainers.preference_batch import PreferenceBatch, collate, num_tokens
 from trainers.preference_losses import PreferenceLossConfig, RewardLossConfig
-from trainers.reference import Reference
+from trainers.reference import Reference, weights_digest
 from trainers.reward_trainer import RewardTrainer, text_scores
 
 V = 61
@@ -140,6 +140,17 @@ def test_policy_and_reference_that_are_the_same_begin_at_a_margin_of_nothing():
 
 
 @pytest.mark.parametrize("prompts", ["shared", "repeated"])
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+def test_in_half_precision_policy_and_reference_are_rounded_alike(prompts, remat):
+    policy = PolicyConfig(prompts=prompts, remat=remat)
+    reference = Reference(network(), policy=policy, compute_dtype=jnp.bfloat16)
+    trainer = DPOTrainer(optax.sgd(0.1), policy=policy, reference=reference, compute_dtype="bfloat16")
+    metrics, _ = first_step(trainer, network(), collate(rows(8), **SIZES))
+    assert metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0 and metrics["rewards/accuracies"] == 0.5
+    assert metrics["grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize("prompts", ["shared", "repeated"])
 def test_a_text_is_scored_at_its_last_token(prompts):
     model, own = random_scalar(NETWORK, key=jax.random.key(3)), rows(4)
     got = text_scores(model, collate(own, **SIZES), config=PolicyConfig(prompts=prompts))
@@ -159,6 +170,14 @@ def test_margins_and_centring_reach_the_loss():
         for centre, data in ((0.0, own), (0.5, own), (0.0, margin))
     ]
     assert losses[1] > losses[0] + 1e-3 and losses[2] > losses[0] + 1e-3
+
+
+def test_the_digest_of_weights_tells_networks_apart_wherever_they_lie():
+    digests = [weights_digest(own) for own in (network(), network(), network(1))]
+    assert digests[0] == digests[1] != digests[2]
+    swapped = jax.tree.map(lambda x: x[..., ::-1], network())
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), network())
+    assert len({digests[0], weights_digest(swapped), weights_digest(halves)}) == 3
 
 
 def test_padding_comes_in_few_sizes():
