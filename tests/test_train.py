@@ -63,7 +63,10 @@ def wait_for_steps(process: subprocess.Popen, folder: Path, count: int) -> None:
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["pretrian"], "'pretrian' is none of the commands pretrain, sft, grpo, export; see --help"),
+        (
+            ["pretrian"],
+            "'pretrian' is none of the commands pretrain, sft, dpo, reward, ppo, grpo, distill, export; see --help",
+        ),
         (["pretrain", "--config"], "--config needs a value"),
         (["pretrain", "--config", "--resume"], "--config needs a value"),
         (["pretrain", "--config=a", "--config=b"], "--config is given twice"),
@@ -144,7 +147,9 @@ def test_bad_rows_are_skipped_and_counted_where_that_is_wanted(program, tmp_path
 
 def test_help(program):
     for args in ([], ["--help"], ["-h"]):
-        assert program(*args) == (0, "") and program.out.startswith("Pretraining, supervised fine-tuning")
+        assert program(*args) == (0, "") and program.out.startswith(
+            "Pretraining, fine-tuning, learning from preferences"
+        )
     assert program("sft", "--help")[0] == 0 and "eval_at_start" in program.out and "keep_best" in program.out
     assert program("grpo", "--help")[0] == 0
     assert all(name in program.out for name in ("max_completion_length", "rewards", "dynamic_sampling", "epsilon_high"))

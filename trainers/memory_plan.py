@@ -38,7 +38,8 @@ def report(step: memory.Step, mesh: Mesh) -> list[str]:
     lines = memory.table(estimate)
     if available is None:
         return lines
-    multiple = step.pieces * step.over("data", "fsdp")
+    together = step.together
+    multiple = step.pieces * step.over("data", "fsdp") * together
 
     def of_rows(rows: int) -> memory.Estimate:
         scale = rows / step.rows
@@ -47,12 +48,16 @@ def report(step: memory.Step, mesh: Mesh) -> list[str]:
 
     most, what = memory.largest(of_rows, capacity=available, multiple=multiple), step.rows_are
     fits = (
-        f"the largest batch that fits has {most:,} {what}" if most else f"not even a batch of {multiple:,} {what} fits"
+        f"the largest batch that fits has {most // together:,} {what}"
+        if most
+        else f"not even a batch of {multiple // together:,} {what} fits"
     )
     pieces = f", in {step.pieces} micro-batches" if step.pieces > 1 else ""
     lines.append(f"* the peak, of {available / 2**30:,.2f} GiB; {fits}{pieces}")
     if estimate.peak > available:
-        lines.append(f"warning: by this estimate {step.rows:,} {what} do not fit into the memory of a device")
+        lines.append(
+            f"warning: by this estimate {step.rows // together:,} {what} do not fit into the memory of a device"
+        )
     return lines
 
 

@@ -72,7 +72,7 @@ class DPORecipe(Recipe):
         def course(model: LLaMa) -> Course:
             reference = self._reference(config, model, mesh)
             trainer = self.make_trainer(config, data.num_steps, reference=reference)
-            carried = {} if reference is None else {"reference": SameWeights("the reference", reference.of(model))}
+            carried = {} if reference is None else {"reference": SameWeights("the reference", reference.digest(model))}
             makers: tuple[Collate, Collate] = (collate, collate)
             if own.precompute:
                 score = partial(self._scored, config, reference, model, folder=folder, words=words, sizes=data.sizes)
@@ -251,7 +251,8 @@ class _Data:
 
 def _sizes(setting: Setting, paired: bool) -> dict[str, Any]:
     length = setting.config.data.max_completion_length
-    return behind_prompts(setting, completions=1 + paired, max_completion_length=length)
+    sizes = behind_prompts(setting, completions=1 + paired, max_completion_length=length)
+    return sizes | ({"rows_are": "pairs", "together": 2} if paired else {})
 
 
 def _full_batch(config: Any, llama: LlamaConfig, mesh: Mesh, *, paired: bool, reference: bool) -> FullBatch:

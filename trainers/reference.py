@@ -43,6 +43,7 @@ class Reference:
         options = dict(config=policy or PolicyConfig(), micro_batches=micro_batches, temperature=1.0)
         cast_to = partial(cast, dtype=compute_dtype)
         compiled = partial(jax.jit, compiler_options=AS_WRITTEN)
+        self._digest = weights_digest(model) if isinstance(model, nnx.Module) else None
         self._model = jax.jit(cast_to)(model) if isinstance(model, nnx.Module) else model
         self._sums = compiled(lambda model, batch: _sums(cast_to(model), batch, options))
         self._divergence = compiled(lambda *args: _divergence(*map(cast_to, args[:2]), args[2], options))
@@ -50,6 +51,10 @@ class Reference:
     def of(self, policy: nnx.Module) -> nnx.Module:
         """The network that this policy is compared with."""
         return self._model if isinstance(self._model, nnx.Module) else self._model(policy)
+
+    def digest(self, policy: nnx.Module) -> str:
+        """A name for its weights, in the dtype that they came in."""
+        return self._digest or weights_digest(self.of(policy))
 
     def scored(self, policy: nnx.Module, batch: PreferenceBatch) -> PreferenceBatch:
         """The batch, of which a process may give its rows, with `reference_logps_BC`, on the devices of the policy."""
@@ -86,11 +91,11 @@ def weights_digest(model: nnx.Module) -> str:
 class SameWeights:
     """What a checkpoint carries of a network that it does not hold: a resumed run has to have the same one.
 
-    `what` is how the network is called where it is another. Raises ValueError there.
+    `what` is how the network is called where it is another, `digest` its `weights_digest`. Raises ValueError there.
     """
 
-    def __init__(self, what: str, model: nnx.Module):
-        self._what, self._digest = what, weights_digest(model)
+    def __init__(self, what: str, digest: str):
+        self._what, self._digest = what, digest
 
     def state(self) -> dict[str, str]:
         return {"weights": self._digest}
@@ -146,7 +151,7 @@ def score_all(
 
     Raises ValueError where no row can be used.
     """
-    weights = weights_digest(reference.of(policy))
+    weights = reference.digest(policy)
     key = hashlib.sha256(repr((source.fingerprint, weights, made_by, sorted(sizes.items()))).encode()).hexdigest()
     path = Path(cache_dir) / f"reference-{key}.npy"
     if (kept := _read(path, len(source))) is not None:

@@ -22,7 +22,7 @@ from trainers.groups import count_pieces
 from trainers.in_flight import InFlight
 from trainers.memory_plan import Setting, behind_prompts, drawing
 from trainers.recipe import Course, FullBatch, Recipe
-from trainers.reference import SameWeights
+from trainers.reference import SameWeights, weights_digest
 from trainers.rewards import load_rewards
 from trainers.rollouts import RollOut
 from trainers.settings import CommonConfig
@@ -158,7 +158,7 @@ class RolloutRecipe(Recipe):
                 summary=lambda: loader.summary,
                 evaluate=self._evaluation(config, prompts, experience, tokenizer),
                 carried={"experience": experience}
-                | ({"reference": SameWeights("the reference", reference)} if own else {}),
+                | ({"reference": SameWeights("the reference", weights_digest(reference))} if own else {}),
                 observers=lambda *place: _observers(config, experience, [reward.name for reward in rewards], *place),
             )
 

@@ -69,7 +69,7 @@ class Step:
     a key of `models.llama.model.REMAT`, `attention` the implementation, `chunk` the logits of a device at once.
     `trains_all` tells the whole network from adapters. A token reads up to `keys` others, by default those of its row.
     `others` are the bytes on a device of networks beside the trained one, such as a reference; `second` is one that is
-    trained along with it on the same rows, such as a critic. The rows are called `rows_are`.
+    trained along with it on the same rows, such as a critic. So many rows as belong `together` are called `rows_are`.
     """
 
     network: Network
@@ -90,6 +90,7 @@ class Step:
     others: int = 0
     second: Network | None = None
     rows_are: str = "rows"
+    together: int = 1
 
     def over(self, *axes: str) -> int:
         """Devices along these axes together."""

@@ -14,7 +14,7 @@ from models.llama import PRESETS, LLaMa, load_pretrained, save_pretrained
 from models.llama.scalar import load_scalar
 from tests.trainers.contract import difference, flags_of, stepped
 from tests.trainers.runs import RECIPES, argv, go, metrics, numbers, preferring, same
-from trainers import parts, preference_recipe
+from trainers import memory_plan, parts, preference_recipe
 from trainers.export import restore_model
 from trainers.preference_losses import LOSSES
 from trainers.settings import MeshConfig
@@ -215,7 +215,9 @@ def test_the_memory_of_a_reference_is_in_the_table(tmp_path: Path):
         config = load_settings(RECIPES["dpo"].config, None, preferring(tmp_path, **changes))
         mesh = parts.make_mesh(MeshConfig())
         llama = parts.network_config(config.model, type("T", (), {"vocab_size": 40}))
-        steps.append(RECIPES["dpo"].memory_step(config, llama, mesh).others)
+        step = RECIPES["dpo"].memory_step(config, llama, mesh)
+        steps.append(step.others)
+        assert step.rows == 8 and re.search(r"has [\d,]+ pairs, in 2 micro-batches", memory_plan.report(step, mesh)[-1])
     assert steps[0] > 0 and steps[1:] == [0, 0, 0]
 
 
