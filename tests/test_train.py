@@ -65,7 +65,7 @@ def wait_for_steps(process: subprocess.Popen, folder: Path, count: int) -> None:
     [
         (
             ["pretrian"],
-            "'pretrian' is none of the commands pretrain, sft, dpo, reward, ppo, grpo, distill, export; see --help",
+            "'pretrian' is none of the commands pretrain, sft, dpo, reward, ppo, grpo, distill, export",
         ),
         (["pretrain", "--config"], "--config needs a value"),
         (["pretrain", "--config", "--resume"], "--config needs a value"),
